@@ -25,6 +25,12 @@ class Naive(Backend):
             reasons += tf32_mismatch(problem.precision, device)
         return reasons
 
+    def scratch_bytes(self, problem):
+        """s and p, and backward dp and ds, each with a copy in the making."""
+        element = 8 if problem.dtype == "fp64" else 4
+        matrices = 3 if problem.pass_ == "fwd" else 6
+        return matrices * element * problem.batch * problem.heads_q * problem.seq_q * problem.seq_kv
+
     def forward(self, q, k, v, spec):
         """(o, lse); s and p are (batch, heads_q, seq_q, seq_kv) in at least float32."""
         s = scores(q, k, spec)

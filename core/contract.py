@@ -92,9 +92,17 @@ class Backend:
         """The version of the library the kernels come from, for `list` and the results file."""
         return f"torch {torch.__version__}"
 
+    def classes(self, dtype: str, device: torch.device) -> tuple[str, ...]:
+        """The classes of maths `dtype` is computed in on `device`, the default first; empty if it is not taken."""
+        return self.capability.precisions.get(dtype, ())
+
+    def scratch_bytes(self, problem: Problem) -> int:
+        """Device memory a call takes beyond inputs and outputs, so that a sweep can say `oom` without trying."""
+        return 0
+
     def why_not(self, problem: Problem, device: torch.device) -> list[str]:
         """Every reason, in words, why `problem` cannot run on `device`; empty if it can."""
-        return capability_gaps(self.capability, problem, device)
+        return capability_gaps(self.capability, problem, device, self.classes(problem.dtype, device))
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec
@@ -117,8 +125,10 @@ class Backend:
         raise NotImplementedError
 
 
-def capability_gaps(capability: Capability, problem: Problem, device: torch.device) -> list[str]:
-    """Every way in which `problem` on `device` exceeds `capability`, in words."""
+def capability_gaps(
+    capability: Capability, problem: Problem, device: torch.device, classes: tuple[str, ...]
+) -> list[str]:
+    """Every way in which `problem` on `device` exceeds `capability` and `classes`, in words."""
     reasons = []
     if device.type not in capability.devices:
         reasons.append(f"device {device.type} (runs on {', '.join(capability.devices)})")
@@ -128,7 +138,6 @@ def capability_gaps(capability: Capability, problem: Problem, device: torch.devi
             reasons.append(f"needs sm_{_sm(capability.min_arch)} or newer, this device is sm_{_sm(arch)}")
         if capability.max_arch is not None and arch > capability.max_arch:
             reasons.append(f"needs sm_{_sm(capability.max_arch)} or older, this device is sm_{_sm(arch)}")
-    classes = capability.precisions.get(problem.dtype, ())
     if not classes:
         reasons.append(f"dtype {problem.dtype} (has {', '.join(capability.precisions)})")
     elif problem.precision not in classes:

@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from flash2.core.contract import Backend, Spec, check_inputs
+from flash2.core.contract import DTYPE_NAMES, Backend, Spec, check_inputs
 from flash2.core.problem import Problem, Window
 
 
@@ -51,9 +51,7 @@ def attention(
 
 def default_precision(backend: Backend, q: torch.Tensor) -> str | None:
     """The class `backend` computes q's dtype in unless asked otherwise; None if it does not take it."""
-    from flash2.core.contract import DTYPE_NAMES
-
-    classes = backend.capability.precisions.get(DTYPE_NAMES.get(q.dtype, ""), ())
+    classes = backend.classes(DTYPE_NAMES.get(q.dtype, ""), q.device)
     return classes[0] if classes else None
 
 

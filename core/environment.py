@@ -1,0 +1,169 @@
+"""What a result was measured on: versions, device, its measured ceilings, its clock and power."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flash2.core.contract import TORCH_DTYPES
+from flash2.core.timing import timer_for
+
+LIBRARIES = ("triton", "cupy-cuda13x", "numba", "numpy", "flash-attn-4")
+
+
+def environment(device: torch.device, seed: int) -> dict[str, Any]:
+    """A JSON-able fingerprint; everything but results.VOLATILE must agree for two runs to be one."""
+    found: dict[str, Any] = {
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "seed": seed,
+        **{name: version for name in LIBRARIES if (version := _version(name))},
+        **_git_state(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "arch": f"sm_{properties.major}{properties.minor}",
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": driver_version(),
+        }
+    found["ceilings"] = measured_ceilings(device)
+    found["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The name peaks.DATASHEET knows a GPU by, or the CPU's model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def measured_ceilings(device: torch.device) -> dict[str, float]:
+    """TFLOP/s of a square matmul by class, the best of a few calls."""
+    classes = {"ieee": "fp32"} if device.type == "cpu" else {"bf16": "bf16", "fp16": "fp16", "tf32": "fp32", "ieee": "fp32"}
+    size = 2048 if device.type == "cpu" else 8192
+    timer, ceilings = timer_for(device), {}
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    for precision, dtype in classes.items():
+        a, b = (torch.randn(size, size, device=device).to(TORCH_DTYPES[dtype]) for _ in range(2))
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        timer.burst(lambda a=a, b=b: a @ b, 2)
+        ceilings[precision] = 2 * size**3 / min(timer.burst(lambda a=a, b=b: a @ b, 4)) / 1e9
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    return ceilings
+
+
+def device_state(device: torch.device) -> dict[str, Any] | None:
+    """SM clock (MHz), power (W) and temperature (C) now, where NVML answers."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return {
+            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "watt": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+        }
+    except ImportError:
+        return None
+    except pynvml.NVMLError:  # a driver or container that hides it; the row does without
+        return None
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version, where NVML answers."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except ImportError:
+        return None
+    except pynvml.NVMLError:
+        return None
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on the device, or None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if sys.platform == "linux":
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+class PeakMemory:
+    """Bytes a call took beyond what was allocated before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._before: int | None = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
+            except OSError:
+                return
+            self._before = _status_kb("VmRSS")
+
+    def bytes(self) -> int | None:
+        """The growth at its highest, None where the system does not tell."""
+        if self._before is None:
+            return None
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self._before
+        high = _status_kb("VmHWM")
+        return None if high is None else max(high - self._before, 0) * 1024
+
+
+def _status_kb(name: str) -> int | None:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1])
+    return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any]:
+    # Of the checkout this package runs from; an installed package has none.
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return {}
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", os.fspath(root), *arguments], capture_output=True, text=True, timeout=20, check=False
+        )
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    sha = git("rev-parse", "--short=12", "HEAD")
+    return {"git": sha, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))} if sha else {}
