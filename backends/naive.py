@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-
-from flash2.core.contract import FEATURES, Backend, Capability, Spec
+from flash2.core.contract import FEATURES, Backend, Capability, Spec, tf32_mismatch
 
 
 class Naive(Backend):
@@ -113,13 +112,3 @@ def repeat_heads(x, q):
 def fold_groups(x, k):
     """(batch, heads_q, seq_q, n) as (batch, heads_kv, group * seq_q, n)."""
     return x.reshape(x.shape[0], k.shape[1], -1, x.shape[-1])
-
-
-def tf32_mismatch(precision: str, device: torch.device) -> list[str]:
-    """Why torch's float32 matmuls would not be in class `precision` as torch is set now."""
-    if device.type != "cuda":
-        return [] if precision == "ieee" else ["precision tf32 (the CPU has no TF32)"]
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    if allowed == (precision == "tf32"):
-        return []
-    return [f"precision {precision}, but torch.backends.cuda.matmul.allow_tf32 is {allowed}"]

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
 from flash2.core import functional, timing
 from flash2.core.contract import Backend, nearest_supported, spec_of
 from flash2.core.environment import PeakMemory, device_state, environment, free_bytes
@@ -339,13 +338,14 @@ def kernel_names(operation: Operation, device: torch.device) -> list[str]:
 
 def fallback(backend: Backend, kernels: list[str], device: torch.device) -> str | None:
     """What shows that somebody else's kernels did the work of `backend`, if anything does."""
-    if backend.capability.kernels is None:
+    declared = backend.capability_on(device).kernels
+    if declared is None:
         return None
-    own = re.compile(backend.capability.kernels, re.IGNORECASE)
+    own = re.compile(declared, re.IGNORECASE)
     if strangers := [name for name in kernels if HEAVY.search(name) and not own.search(name)]:
-        return f"not its own kernel ran: {strangers[0]} (it declares {backend.capability.kernels!r})"
+        return f"not its own kernel ran: {strangers[0]} (it declares {declared!r})"
     if device.type == "cuda" and kernels and not any(own.search(name) for name in kernels):
-        return f"no kernel of its own ran (it declares {backend.capability.kernels!r}), but {kernels[0]}"
+        return f"no kernel of its own ran (it declares {declared!r}), but {kernels[0]}"
     return None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
 from flash2.core.problem import PRECISIONS, Problem, Window, check_window, visible_band
 
 TORCH_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -83,6 +82,13 @@ class Backend:
     capability: Capability
     # True: forward builds torch's own autograd graph and backward() is never called.
     autograd: bool = False
+    # True: the first call of every new shape compiles for seconds.
+    compiles_per_shape: bool = False
+
+    def capability_on(self, device: torch.device) -> Capability:
+        """What holds on `device`; override it where a library's kernels differ from one to the other
+        (`capability` is then the union, for listings)."""
+        return self.capability
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine at all (and what to do), or None."""
@@ -94,7 +100,7 @@ class Backend:
 
     def classes(self, dtype: str, device: torch.device) -> tuple[str, ...]:
         """The classes of maths `dtype` is computed in on `device`, the default first; empty if it is not taken."""
-        return self.capability.precisions.get(dtype, ())
+        return self.capability_on(device).precisions.get(dtype, ())
 
     def scratch_bytes(self, problem: Problem) -> int:
         """Device memory a call takes beyond inputs and outputs, so that a sweep can say `oom` without trying."""
@@ -102,7 +108,7 @@ class Backend:
 
     def why_not(self, problem: Problem, device: torch.device) -> list[str]:
         """Every reason, in words, why `problem` cannot run on `device`; empty if it can."""
-        return capability_gaps(self.capability, problem, device, self.classes(problem.dtype, device))
+        return capability_gaps(self.capability_on(device), problem, device)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec
@@ -125,10 +131,20 @@ class Backend:
         raise NotImplementedError
 
 
-def capability_gaps(
-    capability: Capability, problem: Problem, device: torch.device, classes: tuple[str, ...]
-) -> list[str]:
-    """Every way in which `problem` on `device` exceeds `capability` and `classes`, in words."""
+def tf32_mismatch(precision: str, device: torch.device) -> list[str]:
+    """Why torch's float32 matmuls would not be in class `precision` ("ieee" or "tf32") as torch is set now."""
+    if device.type != "cuda":
+        return [] if precision == "ieee" else ["precision tf32 (the CPU has no TF32)"]
+    # Also true after allow_tf32 = True or set_float32_matmul_precision("high"); asking allow_tf32 itself
+    # raises once a program has mixed torch's older and newer settings.
+    setting = torch.backends.cuda.matmul.fp32_precision
+    if (setting == "tf32") == (precision == "tf32"):
+        return []
+    return [f"precision {precision}, but torch.backends.cuda.matmul.fp32_precision is {setting!r}"]
+
+
+def capability_gaps(capability: Capability, problem: Problem, device: torch.device) -> list[str]:
+    """Every way in which `problem` on `device` exceeds `capability`, in words."""
     reasons = []
     if device.type not in capability.devices:
         reasons.append(f"device {device.type} (runs on {', '.join(capability.devices)})")
@@ -138,6 +154,7 @@ def capability_gaps(
             reasons.append(f"needs sm_{_sm(capability.min_arch)} or newer, this device is sm_{_sm(arch)}")
         if capability.max_arch is not None and arch > capability.max_arch:
             reasons.append(f"needs sm_{_sm(capability.max_arch)} or older, this device is sm_{_sm(arch)}")
+    classes = capability.precisions.get(problem.dtype, ())
     if not classes:
         reasons.append(f"dtype {problem.dtype} (has {', '.join(capability.precisions)})")
     elif problem.precision not in classes:
@@ -191,7 +208,9 @@ def check_inputs(
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, seq, head_dim), not of shape {tuple(tensor.shape)}")
         if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on {q.device}; make them equal")
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on {q.device}; make them equal"
+            )
     if q.dtype not in DTYPE_NAMES:
         raise ValueError(f"dtype {q.dtype} is not supported; use one of {', '.join(map(str, DTYPE_NAMES))}")
     if k.shape != v.shape:
@@ -243,7 +262,7 @@ def spec_of(problem: Problem, alibi_slopes: torch.Tensor | None = None) -> Spec:
 
 def nearest_supported(backend: Backend, problem: Problem, device: torch.device) -> Problem | None:
     """The problem `backend` does support that changes fewest fields of `problem`, or None."""
-    capability = backend.capability
+    capability = backend.capability_on(device)
     repairs: list[tuple[str, list[object]]] = [
         ("alibi", [False]),
         ("softcap", [0.0]),
@@ -280,5 +299,3 @@ def _say_dims(dims: range | tuple[int, ...]) -> str:
         step = f" in steps of {dims.step}" if dims.step != 1 else ""
         return f"{dims.start} to {dims[-1]}{step}"
     return ", ".join(map(str, dims))
-
-

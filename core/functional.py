@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 
 import torch
-
 from flash2.core.contract import DTYPE_NAMES, Backend, Spec, check_inputs
 from flash2.core.problem import Problem, Window
 
@@ -45,7 +44,8 @@ def attention(
     if needs_grad:
         problem = problem.replace(pass_="fwd+bwd")
     refuse_unsupported(backend, problem, q.device, lse=return_lse)
-    o, lse = run(backend, q, k, v, spec, needs_grad=needs_grad)
+    with torch.autocast(q.device.type, enabled=False):  # cast once, above: not again inside a backend's float32 maths
+        o, lse = run(backend, q, k, v, spec, needs_grad=needs_grad)
     return (o, lse) if return_lse else o
 
 
@@ -60,7 +60,7 @@ def refuse_unsupported(backend: Backend, problem: Problem, device: torch.device,
     if (reason := backend.unavailable()) is not None:
         raise RuntimeError(f"backend {backend.name!r} is unavailable: {reason}")
     reasons = backend.why_not(problem, device)
-    if lse and "lse" not in backend.capability.features:
+    if lse and "lse" not in backend.capability_on(device).features:
         reasons = [*reasons, "no lse (return_lse=True)"]
     if reasons:
         raise NotImplementedError(f"backend {backend.name!r} cannot run {problem.key()}: {'; '.join(reasons)}")
