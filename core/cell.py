@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from flash2.core import functional, timing
 from flash2.core.contract import Backend, nearest_supported, spec_of
-from flash2.core.environment import PeakMemory, device_state, environment, free_bytes
+from flash2.core.environment import PeakMemory, device_state, diagnosis, environment, free_bytes
 from flash2.core.inputs import Inputs, make_inputs
 from flash2.core.judge import Judge
 from flash2.core.problem import Problem
@@ -33,8 +33,8 @@ LATE_MS = 0.5  # how much longer than its timed stream a call may take on the wa
 
 
 def handle(emit: Emit, request: dict[str, Any]) -> None:
-    """Answer one request: `hello`, `why_not` or `group`."""
-    {"hello": _hello, "why_not": _why_not, "group": _group}[request.pop("op")](emit, **request)
+    """Answer one request: `hello`, `why_not`, `doctor` or `group`."""
+    {"hello": _hello, "why_not": _why_not, "doctor": _doctor, "group": _group}[request.pop("op")](emit, **request)
 
 
 def _hello(emit: Emit, resolve: str, device: str, backends: list[str], seed: int) -> None:
@@ -67,6 +67,11 @@ def _why_not(emit: Emit, resolve: str, device: str, backends: list[str], problem
         except ImportError as error:
             answer["unavailable"] = str(error)
         emit(answer)
+
+
+def _doctor(emit: Emit, device: str) -> None:
+    for check, found, remedy in diagnosis():
+        emit({"event": "check", "check": check, "found": found, "remedy": remedy})
 
 
 def pick_device(name: str) -> torch.device:

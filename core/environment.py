@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,36 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
     found["ceilings"] = measured_ceilings(device)
     found["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return found
+
+
+def diagnosis() -> list[tuple[str, str, str]]:
+    """(what, what was found, what to do about it or "") for everything a backend may need."""
+    rows = [("python", f"{platform.python_version()} at {sys.executable}", "")]
+    rows.append(("torch", torch.__version__, "" if _at_least(torch.__version__, (2, 11)) else 'pip install "torch>=2.11"'))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            found = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+            old = "" if properties.major >= 8 else "needs sm_80 (A100) or newer for the tensor-core kernels"
+            rows.append((f"gpu {index}", found, old))
+        rows.append(("driver", driver_version() or "NVML does not answer", ""))
+        rows.append(("cuda", f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}", ""))
+    elif torch.version.cuda:
+        rows.append(("gpu", "none found by torch", "check the driver with nvidia-smi"))
+    else:
+        rows.append(("gpu", "none: this torch is a CPU build", "install a CUDA build of torch if there is a GPU"))
+    extras = {"triton": "triton", "cupy-cuda13x": "cupy", "numba": "numba", "matplotlib": "plots", "nvidia-ml-py": "plots"}
+    for distribution, extra in extras.items():
+        version = _version(distribution)
+        remedy = "" if version else f'pip install "flash2-triton[{extra}]"'
+        rows.append((distribution, version or "not installed", remedy))
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    rows.append(("c++ compiler", compiler or "not found", "" if compiler else "flex on the CPU needs one: install g++ or clang"))
+    return rows
+
+
+def _at_least(version: str, least: tuple[int, ...]) -> bool:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2]) >= least
 
 
 def device_name(device: torch.device) -> str:

@@ -1,0 +1,154 @@
+"""The parent's side of a sweep: hands groups to a worker, turns its answers into Results, survives its end."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from flash2.core import peaks
+from flash2.core.compare import quantiles, speedup
+from flash2.core.isolate import Worker, WorkerGone
+from flash2.core.problem import Problem
+from flash2.core.results import Result, fingerprint
+
+HANDLER = "flash2.core.cell:handle"
+START_SECONDS = 300.0  # importing torch from a cold disk, and measuring the ceilings
+
+
+@dataclass(slots=True)
+class Sweep:
+    """One sweep's settings, and the worker that is alive now."""
+
+    resolve: str  # "module:function" that turns a backend's name into a Backend
+    device: str = "auto"
+    seed: int = 0
+    timeout: float = 300.0
+    seconds: float = 1.0
+    graph: bool = False
+    environment: dict[str, Any] = field(default_factory=dict)
+    on_stage: Callable[[str, str, str], None] = lambda backend, precision, stage: None
+    _worker: Worker | None = None
+
+    def hello(self, backends: list[str]) -> tuple[str, dict[str, dict[str, Any]]]:
+        """The device found, and of each backend why it is unavailable, its version and its classes."""
+        found: dict[str, dict[str, Any]] = {}
+        device = self.device
+        for event in self._ask({"op": "hello", "backends": backends, "seed": self.seed}, START_SECONDS):
+            if event["event"] == "environment":
+                device, self.environment = event["device"], event["environment"]
+            else:
+                found[event["name"]] = event
+        return device, found
+
+    def why_not(self, backends: list[str], problem: Problem) -> list[dict[str, Any]]:
+        """Of each backend every reason why it cannot run `problem`, and the nearest one it can."""
+        return list(self._ask({"op": "why_not", "backends": backends, "problem": problem.to_dict()}, START_SECONDS))
+
+    def doctor(self) -> list[dict[str, Any]]:
+        """What the machine has and lacks, as rows of {check, found, remedy}."""
+        return list(self._ask({"op": "doctor"}, START_SECONDS))
+
+    def run_group(self, problem: Problem, cells: list[tuple[str, str]], baseline: str) -> list[Result]:
+        """One Result a cell, all timed in turn in one process.
+
+        A cell that crashes or hangs the worker ends itself only: the others run again without it.
+        """
+        answers: dict[int, dict[str, Any]] = {}
+        while pending := [number for number in range(len(cells)) if number not in answers]:
+            for number, answer in self._attempt(problem, [cells[n] for n in pending]):
+                answers[pending[number]] = answer
+        return self._results(problem, cells, [answers[n] for n in range(len(cells))], baseline)
+
+    def _attempt(self, problem: Problem, cells: list[tuple[str, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        # Yields (cell, final answer); at least one, so that the caller's loop ends.
+        judged: dict[int, dict[str, Any]] = {}
+        final: set[int] = set()
+        current, stage = 0, "start"
+        request = {
+            "op": "group", "problem": problem.to_dict(), "cells": cells, "seconds": self.seconds,
+            "seed": self.seed, "graph": self.graph,
+        }  # fmt: skip
+        try:
+            for event in self._ask(request, self.timeout):
+                kind, number = event.pop("event"), event.pop("cell")
+                if kind == "stage":
+                    current, stage = number, event["stage"]
+                    self.on_stage(*cells[number], stage)
+                elif kind == "judged" and event["status"] == "judged":
+                    judged[number] = event
+                else:
+                    final.add(number)
+                    yield number, {**judged.get(number, {}), **event}
+        except WorkerGone as gone:
+            if current not in final:
+                yield current, {**judged.get(current, {}), "status": gone.status, "reason": f"{gone} (stage: {stage})"}
+
+    def _ask(self, request: dict[str, Any], deadline: float) -> Iterator[dict[str, Any]]:
+        if self._worker is None:
+            self._worker = Worker(HANDLER)
+        if request["op"] != "doctor":
+            request |= {"resolve": self.resolve}
+        try:
+            yield from self._worker.events(request | {"device": self.device}, deadline)
+        except WorkerGone:
+            self._worker = None
+            raise
+
+    def _results(
+        self, problem: Problem, cells: list[tuple[str, str]], answers: list[dict[str, Any]], baseline: str
+    ) -> list[Result]:
+        medians = [[statistics.median(burst) for burst in answer.get("rounds", [])] for answer in answers]
+        ok = [self._too_fast(problem, cell, a) is None and a["status"] == "ok" for cell, a in zip(cells, answers, strict=True)]
+        base_of = {  # speed-ups form only within one class
+            precision: number for number, (name, precision) in enumerate(cells) if name == baseline and ok[number]
+        }
+        results = []
+        for number, ((name, precision), answer) in enumerate(zip(cells, answers, strict=True)):
+            mine = problem.replace(precision=precision)
+            status, reason = answer["status"], answer["reason"]
+            if status == "ok" and (impossible := self._too_fast(problem, (name, precision), answer)):
+                status, reason = "error", impossible
+            figures: dict[str, Any] = {}
+            if status == "ok":
+                ms = quantiles(list(itertools.chain(*answer["rounds"])))
+                figures = {"ms": ms, "rounds": tuple(medians[number]), "tflops": mine.flops / ms.median / 1e9}
+                found = peaks.peak(self.environment["device"], precision, self.environment["ceilings"])
+                figures["peak"] = None if found is None else {"tflops": found.tflops, "source": found.source}
+                base = base_of.get(precision)
+                if base is not None and base != number:
+                    figures["speedup"] = speedup(baseline, medians[base], medians[number], paired=True)
+                figures |= {key: answer.get(key) for key in ("host_us", "graph_ms")}
+            results.append(
+                Result(
+                    backend=name, problem=mine, status=status, reason=reason, error=answer.get("error"),
+                    build_ms=answer.get("build_ms"), peak_bytes=answer.get("peak_bytes"),
+                    kernels=tuple(answer.get("kernels", ())), device_state=answer.get("device_state"),
+                    environment=self.environment, **figures,
+                )
+            )  # fmt: skip
+        return results
+
+    def _too_fast(self, problem: Problem, cell: tuple[str, str], answer: dict[str, Any]) -> str | None:
+        if answer["status"] != "ok":
+            return None
+        mine = problem.replace(precision=cell[1])
+        floor = peaks.floor_ms(
+            self.environment["device"], cell[1], mine.flops, mine.bytes, self.environment["ceilings"]
+        )
+        best = min(itertools.chain(*answer["rounds"]))
+        if best >= floor:
+            return None
+        return f"{best:.4g} ms is faster than the device can be ({floor:.4g} ms); the time is not of this work"
+
+    def fingerprint(self) -> str:
+        """The environment's, by which --resume knows a finished cell."""
+        return fingerprint(self.environment)
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
