@@ -53,7 +53,7 @@ def emulate(
 ) -> Tensors:
     """o, lse and, given `do`, dq, dk, dv as tight arithmetic of class `precision` gives them, dtypes included.
 
-    fp16, bf16: float32 throughout, but P = exp(s - max), dS and the outputs are rounded to the dtype (they are
+    fp16, bf16: float32 throughout, but P = exp(s - lse), dS and the outputs are rounded to the dtype (they are
     operands of a tensor-core product), and delta = rowsum(do * o) reads the rounded o that autograd keeps.
     ieee: float32. tf32: the operands of every product cut to 10 mantissa bits, as the tensor core cuts them;
     rounding instead is at least as exact. tf32x3, bf16x3, bf16x6: operands split in 2, 2, 3 parts and the 3, 3, 6
@@ -176,18 +176,10 @@ def _attend(maths, q, k, v, do, causal, window, softcap, alibi_slopes, scale, si
         if alibi_slopes is not None:
             s = s - alibi_slopes[g] * _distance(rows, seq_q, seq_kv, dev).abs().to(work)
         s = s.masked_fill(~keep, -torch.inf)
-        top = s.amax(-1, keepdim=True)
-        top = top.masked_fill(top == -torch.inf, 0)  # a row that sees no key: exp(-inf - 0) = 0
-        p = torch.exp(s - top)
-        total = p.sum(-1, keepdim=True)
-        lse = top + total.log()
-        o = _visible_product(maths, _operand(p, maths), keep, vb) / total.masked_fill(total == 0, 1)
-        o = o.to(maths.out)
-        out["o"][g, :, rows], out["lse"][g, :, rows] = o, lse[..., 0]
-        if do is None and not sizes:
-            continue
-
+        lse = s.logsumexp(-1, keepdim=True)  # -inf for a row that sees no key
         p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0))
+        o = _visible_product(maths, _operand(p, maths), keep, vb).to(maths.out)
+        out["o"][g, :, rows], out["lse"][g, :, rows] = o, lse[..., 0]
         if sizes:
             p_sq = p.square()
             out["size_o"][g, :, rows] = _size(p_sq @ _msq(vb)[:, None], o)
