@@ -1,0 +1,86 @@
+"""FlashAttention-2 on the CPU, jitted by numba: float32, tiled, vectorised and parallel."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import threading
+
+import torch
+
+from flash2.core.contract import FEATURES, Backend, Capability, Spec
+
+# numba's work-sharing runtimes end the process when two Python threads enter them at once.
+_launching = threading.Lock()
+
+
+class NumbaCPU(Backend):
+    """Register-tiled FlashAttention-2 (Dao 2023) in float32, forward and backward, on every CPU core torch uses."""
+
+    name = "numba"
+    capability = Capability(
+        devices=("cpu",),
+        precisions={"fp32": ("ieee",)},
+        features=frozenset(FEATURES),
+        kernels=r"^numba",  # no torch operator is called so: any matmul or attention of torch is a fallback
+    )
+
+    def unavailable(self):
+        """Says how to get numba if it is not installed."""
+        if importlib.util.find_spec("numba") is None:
+            return 'numba is not installed; pip install "flash2-triton[numba]"'
+        return None
+
+    def version(self):
+        """numba's version."""
+        import numba
+
+        return f"numba {numba.__version__}"
+
+    def forward(self, q, k, v, spec):
+        """(o, lse), both contiguous."""
+        from flash2.backends import numba_kernels as kernels
+
+        sizes, band, slopes = arguments(q, k, spec)
+        q, k, v = (x.detach().contiguous() for x in (q, k, v))
+        o, lse = torch.empty_like(q), torch.empty(q.shape[:3])
+        with launch() as threads:
+            scratch = torch.empty(threads * kernels.forward_floats(sizes[5]))
+            counter = torch.zeros(1, dtype=torch.int64)
+            kernels.forward(
+                threads, flat(scratch), flat(counter), flat(q), flat(k), flat(v), flat(v.view(torch.int32)),
+                flat(o), flat(lse), flat(slopes), sizes, band, spec.scale, spec.softcap,
+            )  # fmt: skip
+        return o, lse
+
+
+def arguments(q, k, spec: Spec):
+    """(sizes, band, slopes) as the kernels take them: tuples of integers, and one slope per (batch, query head)."""
+    from flash2.backends.numba_kernels import OPEN
+
+    left, right = spec.band
+    band = (OPEN if left is None else min(left, OPEN), OPEN if right is None else min(right, OPEN))
+    slopes = torch.empty(0)
+    if spec.alibi_slopes is not None:
+        slopes = spec.alibi_slopes.expand(q.shape[0], q.shape[1]).contiguous()
+    return (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]), band, slopes
+
+
+def flat(x):
+    """A contiguous tensor as a flat numpy array on the same memory."""
+    return x.view(-1).numpy()
+
+
+@contextlib.contextmanager
+def launch():
+    """The number of threads, torch's, that numba will use inside; one Python thread at a time."""
+    import numba
+
+    with _launching:
+        before = numba.get_num_threads()
+        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+        numba.set_num_threads(threads)
+        try:
+            yield threads
+        finally:
+            numba.set_num_threads(before)

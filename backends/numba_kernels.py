@@ -1,0 +1,591 @@
+"""The jitted code of the numba backend: register-tiled products, vector exp2, the two attention loops.
+
+Everything here works on flat float32 arrays and offsets in elements. The vectors run along
+queries in the forward pass and along keys in the backward pass, so that the other operand of every
+product is read in place, one broadcast scalar at a time: head_dim is never a vector axis of a
+score, no length needs to divide anything, and the tails of a panel are lanes nobody reads.
+
+Names: a panel is NR rows of q (or k) transposed to (head_dim, NR); s, p, ds are score tiles; the
+suffix _t marks a transposed tile. Scores are in units of log2, so that p = exp2(s - m).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+# Registers of a product: MR broadcast rows times VECS vectors of LANES floats, chosen to fill the
+# register file of the host (AVX-512: 32 of 16 floats, AVX2: 16 of 8, NEON and others: 32 of 4).
+_features = binding.get_host_cpu_features()
+if _features.get("avx512f"):
+    LANES, VECS, MR = 16, 2, 8
+elif _features.get("avx2"):
+    LANES, VECS, MR = 8, 3, 4
+else:
+    LANES, VECS, MR = 4, 3, 8
+NR = LANES * VECS  # columns of one product
+BLOCK_M = NR * max(1, 128 // NR)  # queries per forward task
+BLOCK_N = 128  # keys per forward step
+BWD_BLOCK_M = 128  # queries per backward step
+BWD_BLOCK_N = NR * max(1, 128 // NR)  # keys per backward task step
+OPEN = 1 << 40  # a window end that hides nothing
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+
+_f32 = ir.FloatType()
+_i32 = ir.IntType(32)
+_vec = ir.VectorType(_f32, LANES)
+_ivec = ir.VectorType(_i32, LANES)
+
+
+class _Vec(types.Type):
+    """LANES floats in one register."""
+
+    def __init__(self):
+        super().__init__(name=f"float32x{LANES}")
+
+
+vec_type = _Vec()
+
+
+@register_model(_Vec)
+class _VecModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, _vec)
+
+
+# ---- vector IR: the pieces the intrinsics below are put together from
+
+
+def _constant(value, kind=_vec):
+    return ir.Constant(kind, [value] * LANES)
+
+
+def _call(builder, name, *args):
+    """An overloaded llvm intrinsic of one vector type, e.g. llvm.fmuladd.v16f32."""
+    kind = args[0].type
+    suffix = f"v{kind.count}{'f32' if kind.element == _f32 else 'i32'}"
+    fn = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(kind, [arg.type for arg in args]), f"llvm.{name}.{suffix}"
+    )
+    return builder.call(fn, args)
+
+
+def _fma(builder, x, y, z):
+    return _call(builder, "fmuladd", x, y, z)
+
+
+def _splat(builder, scalar):
+    one = builder.insert_element(ir.Constant(_vec, ir.Undefined), scalar, _i32(0))
+    return builder.shuffle_vector(one, one, ir.Constant(_ivec, [0] * LANES))
+
+
+def _select(builder, op, x, y, ordered=True):
+    """x if x <op> y else y; what a NaN in x or y gives is y when ordered."""
+    compare = builder.fcmp_ordered if ordered else builder.fcmp_unordered
+    return builder.select(compare(op, x, y), x, y)
+
+
+# 2^f on [-1/2, 1/2]: minimax of relative error, degree 6, 1 + f * (c0 + c1 f + ...); error 2e-9.
+EXP2_COEFFICIENTS = (
+    0.6931472028550811,
+    0.24022647913626552,
+    0.05550332471100406,
+    0.009618437357836433,
+    0.001339887442213453,
+    0.00015353361882979909,
+)
+# Adding this rounds a float to an integer n in its low bits, biased like an exponent: n + 127.
+_ROUND = 1.5 * 2.0**23 + 127.0
+
+
+def _exp2_parts(builder, x):
+    """(2^n, 2^f - 1) with x = n + f, |f| <= 1/2, for -127 <= x <= 128."""
+    shifted = builder.fadd(x, _constant(_ROUND))
+    f = builder.fsub(x, builder.fsub(shifted, _constant(_ROUND)))
+    bits = builder.shl(builder.bitcast(shifted, _ivec), _constant(23, _ivec))
+    poly = _constant(EXP2_COEFFICIENTS[-1])
+    for coefficient in EXP2_COEFFICIENTS[-2::-1]:
+        poly = _fma(builder, poly, f, _constant(coefficient))
+    return builder.bitcast(bits, _vec), builder.fmul(poly, f)
+
+
+def _data(context, builder, kind, array, offset):
+    """Pointer to element `offset` of a flat float32 array."""
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.gep(data, [offset])
+
+
+def _load(builder, pointer):
+    load = builder.load(builder.bitcast(pointer, _vec.as_pointer()))
+    load.align = 4
+    return load
+
+
+def _store(builder, value, pointer):
+    builder.store(value, builder.bitcast(pointer, _vec.as_pointer())).align = 4
+
+
+def _emit_exp2(builder, x):
+    """2^x, error < 1 ulp; 0 below -127, inf above 128, NaN stays NaN."""
+    x = _select(builder, ">", _constant(-127.0), x)
+    x = _select(builder, "<", _constant(128.0), x)
+    power, rest = _exp2_parts(builder, x)
+    return _fma(builder, power, rest, power)
+
+
+def _emit_tanh(builder, x):
+    """e / (e + 2) with e = exp(2|x|) - 1, which loses nothing near 0; the sign is put back."""
+    magnitude = _call(builder, "fabs", x)
+    y = builder.fmul(_select(builder, "<", _constant(20.0), magnitude), _constant(2.0 * LOG2E))
+    power, rest = _exp2_parts(builder, y)
+    e = _fma(builder, power, rest, builder.fsub(power, _constant(1.0)))
+    return _call(builder, "copysign", builder.fdiv(e, builder.fadd(e, _constant(2.0))), x)
+
+
+# ---- vector operations usable in jitted code
+
+
+def _unary(emit):
+    def op(typingctx, x):
+        return vec_type(vec_type), lambda context, builder, signature, args: emit(builder, *args)
+
+    return intrinsic(op)
+
+
+def _binary(emit):
+    def op(typingctx, x, y):
+        return vec_type(vec_type, vec_type), lambda context, builder, signature, args: emit(builder, *args)
+
+    return intrinsic(op)
+
+
+vexp2 = _unary(_emit_exp2)
+vtanh = _unary(_emit_tanh)
+vabs = _unary(lambda builder, x: _call(builder, "fabs", x))
+vadd = _binary(lambda builder, x, y: builder.fadd(x, y))
+vsub = _binary(lambda builder, x, y: builder.fsub(x, y))
+vmul = _binary(lambda builder, x, y: builder.fmul(x, y))
+vmax = _binary(lambda builder, x, y: _select(builder, ">", x, y))  # y where x is NaN
+
+
+vdiv = _binary(lambda builder, x, y: builder.fdiv(x, y))
+# 0 for a maximum over nothing, so that -inf - vfinite(-inf) is no NaN
+vfinite = _unary(
+    lambda builder, x: builder.select(builder.fcmp_unordered("==", x, _constant(-math.inf)), _constant(0.0), x)
+)
+
+
+@intrinsic
+def vfma(typingctx, x, y, z):
+    """x * y + z."""
+    return vec_type(vec_type, vec_type, vec_type), lambda context, builder, signature, args: _fma(builder, *args)
+
+
+@intrinsic
+def splat(typingctx, scalar):
+    """The vector of LANES times `scalar`."""
+    return vec_type(types.float32), lambda context, builder, signature, args: _splat(builder, args[0])
+
+
+@intrinsic
+def lane_numbers(typingctx):
+    """0, 1, .. LANES - 1 as floats."""
+    numbers = ir.Constant(_vec, [float(lane) for lane in range(LANES)])
+    return vec_type(), lambda context, builder, signature, args: numbers
+
+
+@intrinsic
+def load(typingctx, array, offset):
+    """array[offset : offset + LANES]."""
+
+    def codegen(context, builder, signature, args):
+        return _load(builder, _data(context, builder, signature.args[0], *args))
+
+    return vec_type(array, types.int64), codegen
+
+
+@intrinsic
+def store(typingctx, array, offset, value):
+    """array[offset : offset + LANES] = value."""
+
+    def codegen(context, builder, signature, args):
+        _store(builder, args[2], _data(context, builder, signature.args[0], *args[:2]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, vec_type), codegen
+
+
+@intrinsic
+def keep_lanes(typingctx, value, first, last, other):
+    """value in lanes first .. last, other elsewhere."""
+
+    def codegen(context, builder, signature, args):
+        value, first, last, other = args
+        lanes = ir.Constant(_ivec, list(range(LANES)))
+
+        def clamped(number):  # a lane number far outside must not wrap when narrowed
+            low, high = ir.Constant(number.type, -1), ir.Constant(number.type, LANES)
+            number = builder.select(builder.icmp_signed("<", number, low), low, number)
+            number = builder.select(builder.icmp_signed(">", number, high), high, number)
+            one = builder.insert_element(ir.Constant(_ivec, ir.Undefined), builder.trunc(number, _i32), _i32(0))
+            return builder.shuffle_vector(one, one, ir.Constant(_ivec, [0] * LANES))
+
+        keep = builder.and_(
+            builder.icmp_signed(">=", lanes, clamped(first)), builder.icmp_signed("<=", lanes, clamped(last))
+        )
+        return builder.select(keep, value, other)
+
+    return vec_type(vec_type, types.int64, types.int64, vec_type), codegen
+
+
+@intrinsic
+def fetch_add(typingctx, array, index):
+    """array[index] += 1 between threads; what it was."""
+
+    def codegen(context, builder, signature, args):
+        pointer = _data(context, builder, signature.args[0], *args)
+        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "seq_cst")
+
+    return types.int64(array, types.int64), codegen
+
+
+def _product(rows, a_step_is_row, beta):
+    """c[r, :NR] = beta(c)[r, :NR] + sum_k a(r, k) b[k, :NR] for r < rows, as one register tile.
+
+    a(r, k) is a[r * lda + k], or a[k * lda + r] for the transposed reading; beta is "zero", "one"
+    or "row" (c is multiplied lane by lane with the NR floats at scale[0]).
+    """
+
+    def op(typingctx, a, a0, lda, b, b0, ldb, c, c0, ldc, depth, scale):
+        def codegen(context, builder, signature, args):
+            a, a0, lda, b, b0, ldb, c, c0, ldc, depth, scale = args
+            a_pointer = _data(context, builder, signature.args[0], a, a0)
+            b_pointer = _data(context, builder, signature.args[3], b, b0)
+            c_pointer = _data(context, builder, signature.args[6], c, c0)
+            i64 = ldc.type
+            c_rows = [builder.gep(c_pointer, [builder.mul(i64(r), ldc)]) for r in range(rows)]
+            tile = [[cgutils.alloca_once(builder, _vec) for _ in range(VECS)] for _ in range(rows)]
+            factors = []
+            if beta == "row":
+                s_pointer = _data(context, builder, signature.args[10], scale, i64(0))
+                factors = [_load(builder, builder.gep(s_pointer, [i64(v * LANES)])) for v in range(VECS)]
+            for r in range(rows):
+                for v in range(VECS):
+                    if beta == "zero":
+                        start = _constant(0.0)
+                    else:
+                        start = _load(builder, builder.gep(c_rows[r], [i64(v * LANES)]))
+                        start = builder.fmul(start, factors[v]) if beta == "row" else start
+                    builder.store(start, tile[r][v])
+            with cgutils.for_range(builder, depth, intp=i64) as loop:
+                b_row = builder.gep(b_pointer, [builder.mul(loop.index, ldb)])
+                b_vecs = [_load(builder, builder.gep(b_row, [i64(v * LANES)])) for v in range(VECS)]
+                for r in range(rows):
+                    if a_step_is_row:
+                        at = builder.add(builder.mul(loop.index, lda), i64(r))
+                    else:
+                        at = builder.add(builder.mul(i64(r), lda), loop.index)
+                    a_vec = _splat(builder, builder.load(builder.gep(a_pointer, [at])))
+                    for v in range(VECS):
+                        builder.store(_fma(builder, a_vec, b_vecs[v], builder.load(tile[r][v])), tile[r][v])
+            for r in range(rows):
+                for v in range(VECS):
+                    _store(builder, builder.load(tile[r][v]), builder.gep(c_rows[r], [i64(v * LANES)]))
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(a, i, i, b, i, i, c, i, i, i, scale), codegen
+
+    return intrinsic(op)
+
+
+@intrinsic
+def transpose_lanes(typingctx, source, s0, lds, target, t0, ldt):
+    """target[c, r] = source[r, c] for r, c < LANES, in log2(LANES) rounds of shuffles."""
+
+    def codegen(context, builder, signature, args):
+        source, s0, lds, target, t0, ldt = args
+        i64 = lds.type
+        s_pointer = _data(context, builder, signature.args[0], source, s0)
+        t_pointer = _data(context, builder, signature.args[3], target, t0)
+        rows = [_load(builder, builder.gep(s_pointer, [builder.mul(i64(r), lds)])) for r in range(LANES)]
+        half = LANES // 2
+        while half:  # swap the off-diagonal quarters of every block of 2 * half
+            low = [(lane & ~half) if not lane & half else LANES + (lane & ~half) for lane in range(LANES)]
+            high = [(lane | half) if not lane & half else LANES + lane for lane in range(LANES)]
+            for r in range(LANES):
+                if not r & half:
+                    x, y = rows[r], rows[r | half]
+                    rows[r] = builder.shuffle_vector(x, y, ir.Constant(_ivec, low))
+                    rows[r | half] = builder.shuffle_vector(x, y, ir.Constant(_ivec, high))
+            half //= 2
+        for r in range(LANES):
+            _store(builder, rows[r], builder.gep(t_pointer, [builder.mul(i64(r), ldt)]))
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(source, i, i, target, i, i), codegen
+
+
+_tile_zero, _tail_zero = _product(MR, False, "zero"), _product(1, False, "zero")
+_tile_one, _tail_one = _product(MR, False, "one"), _product(1, False, "one")
+_tile_row_t, _tail_row_t = _product(MR, True, "row"), _product(1, True, "row")
+_tile_one_t, _tail_one_t = _product(MR, True, "one"), _product(1, True, "one")
+
+_jit = njit(nogil=True, error_model="numpy", cache=True)
+
+
+@_jit
+def product(rows, a, a0, lda, b, b0, ldb, c, c0, ldc, depth):
+    """c[:rows, :NR] = a[:rows, :depth] b[:depth, :NR]."""
+    full = rows - rows % MR
+    for r in range(0, full, MR):
+        _tile_zero(a, a0 + r * lda, lda, b, b0, ldb, c, c0 + r * ldc, ldc, depth, c)
+    for r in range(full, rows):
+        _tail_zero(a, a0 + r * lda, lda, b, b0, ldb, c, c0 + r * ldc, ldc, depth, c)
+
+
+@_jit
+def product_add(rows, a, a0, lda, b, b0, ldb, c, c0, ldc, depth):
+    """c[:rows, :NR] += a[:rows, :depth] b[:depth, :NR]."""
+    full = rows - rows % MR
+    for r in range(0, full, MR):
+        _tile_one(a, a0 + r * lda, lda, b, b0, ldb, c, c0 + r * ldc, ldc, depth, c)
+    for r in range(full, rows):
+        _tail_one(a, a0 + r * lda, lda, b, b0, ldb, c, c0 + r * ldc, ldc, depth, c)
+
+
+@_jit
+def product_add_t(rows, a, a0, lda, b, b0, ldb, c, c0, ldc, depth):
+    """c[:rows, :NR] += a[:depth, :rows]^T b[:depth, :NR]."""
+    full = rows - rows % MR
+    for r in range(0, full, MR):
+        _tile_one_t(a, a0 + r, lda, b, b0, ldb, c, c0 + r * ldc, ldc, depth, c)
+    for r in range(full, rows):
+        _tail_one_t(a, a0 + r, lda, b, b0, ldb, c, c0 + r * ldc, ldc, depth, c)
+
+
+@_jit
+def product_scale_add_t(rows, a, a0, lda, b, b0, ldb, c, c0, ldc, depth, scale):
+    """c[:rows, :NR] = c[:rows, :NR] * scale[:NR] + a[:depth, :rows]^T b[:depth, :NR]."""
+    full = rows - rows % MR
+    for r in range(0, full, MR):
+        _tile_row_t(a, a0 + r, lda, b, b0, ldb, c, c0 + r * ldc, ldc, depth, scale)
+    for r in range(full, rows):
+        _tail_row_t(a, a0 + r, lda, b, b0, ldb, c, c0 + r * ldc, ldc, depth, scale)
+
+
+@_jit
+def transpose(rows, columns, source, s0, lds, target, t0, ldt):
+    """target[:columns, :rows] = source[:rows, :columns]^T."""
+    full_r, full_c = rows - rows % LANES, columns - columns % LANES
+    for r in range(0, full_r, LANES):
+        for c in range(0, full_c, LANES):
+            transpose_lanes(source, s0 + r * lds + c, lds, target, t0 + c * ldt + r, ldt)
+    for r in range(rows):
+        for c in range(full_c if r < full_r else 0, columns):
+            target[t0 + c * ldt + r] = source[s0 + r * lds + c]
+
+
+@_jit
+def all_finite(bits, start, count):
+    """No NaN or Inf among the floats whose bits are bits[start : start + count] (int32)."""
+    worst = np.int32(0)
+    for i in range(start, start + count):
+        worst = max(worst, bits[i] & np.int32(0x7FFFFFFF))  # an integer maximum vectorises
+    return worst < 0x7F800000
+
+
+# ---- forward
+
+
+@_jit
+def pad(count):
+    """count floats rounded up to whole cache lines."""
+    return (count + 15) // 16 * 16
+
+
+@_jit
+def forward_floats(head_dim):
+    """Floats of scratch one thread of the forward pass needs."""
+    return pad(2 * BLOCK_M * head_dim) + pad(BLOCK_N * NR) + pad(2 * BLOCK_M + NR)
+
+
+@_jit
+def modify_scores(s, rows, lds, scale, softcap, slope, distance, step):
+    """s = (softcap(s * scale) - slope * |distance|) log2(e) for NR columns.
+
+    Column c of row r is |distance + r * step[0] + c * step[1]| away from the diagonal.
+    """
+    along, across = step
+    for r in range(rows):
+        for c in range(0, NR, LANES):
+            x = load(s, r * lds + c)
+            if softcap != 0:
+                x = vmul(vtanh(vmul(x, splat(np.float32(scale / softcap)))), splat(np.float32(softcap)))
+            else:
+                x = vmul(x, splat(np.float32(scale)))
+            if slope != 0:
+                first = splat(np.float32(distance + r * along + c * across))
+                away = vabs(vfma(lane_numbers(), splat(np.float32(across)), first))
+                x = vsub(x, vmul(splat(np.float32(slope)), away))
+            store(s, r * lds + c, vmul(x, splat(np.float32(LOG2E))))
+
+
+@_jit
+def online_softmax(s, rows, scale, m, l, alpha):
+    """One panel's step of the online softmax (FlashAttention-2, algorithm 1, lines 8 to 10).
+
+    s (rows, NR), a column per query, becomes p = exp2(s * scale - m); m and l are brought up to
+    date and alpha is the factor by which what was summed before shrinks.
+    """
+    factor, none, zero = splat(np.float32(scale)), splat(np.float32(-np.inf)), splat(np.float32(0.0))
+    for c in range(0, NR, LANES):
+        highest = none
+        for r in range(rows):
+            highest = vmax(load(s, r * NR + c), highest)
+        m_old = load(m, c)
+        m_new = vmax(vmul(highest, factor), m_old)
+        m_safe = vfinite(m_new)
+        shrink = vexp2(vsub(m_old, m_safe))
+        total = vmul(load(l, c), shrink)
+        m_minus = vsub(zero, m_safe)
+        for r in range(rows):
+            p = vexp2(vfma(load(s, r * NR + c), factor, m_minus))
+            store(s, r * NR + c, p)
+            total = vadd(total, p)
+        store(m, c, m_new)
+        store(l, c, total)
+        store(alpha, c, shrink)
+
+
+@_jit
+def hide_keys(s, keys, first_key, lowest, highest):
+    """s[r, c] = -inf unless lowest + c <= first_key + r <= highest + c: a column per query."""
+    none = splat(np.float32(-np.inf))
+    for r in range(keys):
+        for c in range(0, NR, LANES):
+            j = first_key + r
+            store(s, r * NR + c, keep_lanes(load(s, r * NR + c), j - highest - c, j - lowest - c, none))
+
+
+@_jit
+def add_visible(p, keys, first_key, lowest, highest, queries, v, v0, head_dim, acc, alpha):
+    """acc = acc * alpha + v^T p over visible pairs alone, for a v whose NaN hidden queries must not see."""
+    for d in range(head_dim):
+        for c in range(queries):
+            total = acc[d * NR + c] * alpha[c]
+            for r in range(max(lowest + c - first_key, 0), min(highest + c - first_key + 1, keys)):
+                total += v[v0 + r * head_dim + d] * p[r * NR + c]
+            acc[d * NR + c] = total
+
+
+@_jit
+def forward_worker(scratch, counter, q, k, v, v_bits, o, lse, slopes, sizes, band, scale, softcap):
+    """Take tiles of BLOCK_M queries off the counter, the longest ones first, until none is left."""
+    batch, heads_q, heads_kv, seq_q, seq_kv, head_dim = sizes
+    left, right = band
+    heads = batch * heads_q
+    tiles = (seq_q + BLOCK_M - 1) // BLOCK_M
+    qt = scratch[: BLOCK_M * head_dim]
+    acc = scratch[BLOCK_M * head_dim : 2 * BLOCK_M * head_dim]
+    at = pad(2 * BLOCK_M * head_dim)
+    s = scratch[at : at + BLOCK_N * NR]
+    at += pad(BLOCK_N * NR)
+    m, l, alpha = scratch[at : at + BLOCK_M], scratch[at + BLOCK_M : at + 2 * BLOCK_M], scratch[at + 2 * BLOCK_M :]
+    modified = softcap != 0 or slopes.size > 0
+    sign = np.float32(np.sign(scale))  # goes into q, so that the maximum commutes with the rest of the scale
+    magnitude = abs(scale) if scale != 0 else 1.0
+    factor = 1.0 if modified else magnitude * LOG2E
+    while True:
+        task = fetch_add(counter, 0)
+        if task >= heads * tiles:
+            return
+        head = task % heads
+        kv = (head // heads_q * heads_kv + head % heads_q * heads_kv // heads_q) * seq_kv * head_dim
+        slope = slopes[head] if slopes.size > 0 else np.float32(0.0)
+        row0 = (tiles - 1 - task // heads) * BLOCK_M
+        row1 = min(row0 + BLOCK_M, seq_q)
+        qt[:] = 0
+        acc[:] = 0
+        m[:] = -np.inf
+        l[:] = 0
+        for i0 in range(row0, row1, NR):
+            panel = (i0 - row0) * head_dim
+            transpose(min(NR, row1 - i0), head_dim, q, (head * seq_q + i0) * head_dim, head_dim, qt, panel, NR)
+        if sign != 1:
+            for x in range(qt.size):
+                qt[x] *= sign
+        diagonal = seq_kv - seq_q  # query i stands at key i + diagonal
+        begin = max(0, row0 + diagonal - left)
+        end = min(seq_kv, row1 - 1 + diagonal + right + 1)
+        for j0 in range(begin, end, BLOCK_N):
+            for i0 in range(row0, row1, NR):
+                i1 = min(i0 + NR, row1) - 1
+                lowest, highest = i0 + diagonal - left, i0 + diagonal + right  # what query i0 sees
+                first = j0 + max(lowest - j0, 0) // MR * MR  # whole tiles; what is too much is hidden below
+                last = min(j0 + BLOCK_N, end, i1 + diagonal + right + 1)
+                if first >= last:
+                    continue
+                keys = min((last - first + MR - 1) // MR * MR, seq_kv - first)
+                panel = (i0 - row0) * head_dim
+                product(keys, k, kv + first * head_dim, head_dim, qt, panel, NR, s, 0, NR, head_dim)
+                if modified:
+                    modify_scores(s, keys, NR, magnitude, softcap, slope, first - i0 - diagonal, (1, -1))
+                clear0, clear1 = i1 + diagonal - left, highest + 1  # these keys no query of the panel misses
+                edge = False
+                if clear0 > first:
+                    edge = True
+                    hide_keys(s, min(clear0 - first, keys), first, lowest, highest)
+                if clear1 < first + keys:
+                    edge = True
+                    skip = max(clear1 - first, 0)
+                    hide_keys(s[skip * NR :], keys - skip, first + skip, lowest, highest)
+                lanes = slice(i0 - row0, i0 - row0 + NR)
+                online_softmax(s, keys, factor, m[lanes], l[lanes], alpha)
+                if edge and not all_finite(v_bits, kv + first * head_dim, keys * head_dim):
+                    add_visible(
+                        s, keys, first, lowest, highest, i1 - i0 + 1, v, kv + first * head_dim, head_dim,
+                        acc[panel:], alpha,
+                    )  # fmt: skip
+                else:
+                    product_scale_add_t(
+                        head_dim, v, kv + first * head_dim, head_dim, s, 0, NR, acc, panel, NR, keys, alpha
+                    )
+        for i0 in range(row0, row1, NR):
+            finish_rows(
+                acc[(i0 - row0) * head_dim :], m[i0 - row0 :], l[i0 - row0 :], min(NR, row1 - i0), head_dim,
+                o[(head * seq_q + i0) * head_dim :], lse[head * seq_q + i0 :],
+            )  # fmt: skip
+
+
+@_jit
+def finish_rows(acc, m, l, rows, head_dim, o, lse):
+    """o = acc / l and lse = ln(l) + m, of which a row that saw no key has 0 and -inf."""
+    for c in range(0, NR, LANES):
+        share = vdiv(splat(np.float32(1.0)), load(l, c))
+        for d in range(head_dim):
+            store(acc, d * NR + c, vmul(load(acc, d * NR + c), share))
+    transpose(head_dim, rows, acc, 0, NR, o, 0, head_dim)
+    for r in range(rows):
+        if l[r] == 0:
+            lse[r] = -np.inf
+            o[r * head_dim : (r + 1) * head_dim] = 0
+        else:
+            lse[r] = m[r] * LN2 + math.log(l[r])
+
+
+@njit(parallel=True, error_model="numpy", cache=True)
+def forward(threads, scratch, counter, q, k, v, v_bits, o, lse, slopes, sizes, band, scale, softcap):
+    """Fill o and lse with `threads` workers; all arrays flat, counter zero."""
+    each = forward_floats(sizes[5])
+    for t in prange(threads):
+        forward_worker(
+            scratch[t * each : (t + 1) * each], counter, q, k, v, v_bits, o, lse, slopes, sizes, band, scale, softcap
+        )
