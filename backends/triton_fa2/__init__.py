@@ -1,0 +1,58 @@
+"""FlashAttention-2 in the Triton language: forward and backward, sm_80 and newer, and Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from flash2.core.contract import Backend, Capability
+
+# Set before Triton is imported, this runs the kernels on the CPU, for tests: slow, and exact in their semantics.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class TritonFA2(Backend):
+    """The project's own portable kernel; deterministic, forward and backward."""
+
+    name = "triton"
+    capability = Capability(
+        devices=("cuda", "cpu") if INTERPRET else ("cuda",),
+        # bf16x6 is more exact than ieee's own fma chains on this hardware, and faster: docs/performance.md
+        precisions={
+            "fp32": ("bf16x6", "ieee", "tf32", "tf32x3", "bf16x3"),
+            "fp16": ("fp16",),
+            "bf16": ("bf16",),
+        },
+        features=frozenset(("causal", "gqa", "cross", "window", "softcap", "alibi", "scale", "empty-rows", "lse")),
+        min_arch=(8, 0),
+        head_dims=range(1, 257),
+        kernels=r"attention_forward|row_statistics|gradients_(kv|q)",
+    )
+
+    def unavailable(self) -> str | None:
+        """Triton missing, or no GPU to run it on (and no interpreter asked for)."""
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; pip install 'flash2-triton[triton]'"
+        if not INTERPRET and not torch.cuda.is_available():
+            return "no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests"
+        return None
+
+    def version(self) -> str:
+        """Triton's version."""
+        import triton
+
+        return f"triton {triton.__version__}"
+
+    def forward(self, q, k, v, spec):
+        """(o, lse), one kernel."""
+        from flash2.backends.triton_fa2 import launch
+
+        return launch.attend(q, k, v, spec)
+
+    def backward(self, do, q, k, v, o, lse, spec):
+        """(dq, dk, dv), three kernels, no atomics: bitwise reproducible."""
+        from flash2.backends.triton_fa2 import launch
+
+        return launch.differentiate(do, q, k, v, o, lse, spec)

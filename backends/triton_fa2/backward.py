@@ -1,0 +1,229 @@
+"""The backward kernels: FlashAttention-2 (Dao 2023), algorithm 2, without atomics.
+
+Two kernels recompute the probabilities: one owns a tile of keys and loops over queries for dK and dV,
+one owns a tile of queries and loops over keys for dQ. That is 7 products where one fused kernel has 5,
+and every sum has one fixed order: the gradients are bitwise reproducible.
+"""
+
+import triton
+import triton.language as tl
+
+from flash2.backends.triton_fa2.tiles import dot, head_of, key_range, load_tile, logits, store_tile, visible
+
+
+@triton.jit(do_not_specialize=["heads", "seq_q", "rows_padded", "head_dim"])
+def row_statistics(
+    o, do, lse, lse2, delta,
+    stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm,
+    heads, seq_q, rows_padded, head_dim,
+    PAD_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """delta[i] = o[i].do[i], and lse in the log2 domain, both padded to rows_padded rows a head.
+
+    lse2 is +inf where there is no row and where a row saw no key: exp2(s - lse2) is 0 there, without a mask.
+    """
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(rows_padded, BLOCK_M)
+    start = pid % tiles * BLOCK_M
+    batch = pid // tiles // heads
+    head = pid // tiles % heads
+    rows = start + tl.arange(0, BLOCK_M)
+    o_head = head_of(o, batch, head, stride_ob, stride_oh, False)
+    g_head = head_of(do, batch, head, stride_gb, stride_gh, False)
+    o_tile = load_tile(o_head, batch, head, start, seq_q, stride_om, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, False, WIDE)  # fmt: skip
+    g_tile = load_tile(g_head, batch, head, start, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, False, WIDE)  # fmt: skip
+    dots = tl.sum(o_tile.to(tl.float32) * g_tile.to(tl.float32), 1)
+    lse_row = tl.load(lse + (pid // tiles).to(tl.int64) * seq_q + rows, mask=rows < seq_q, other=-float("inf"))
+    lse_row = tl.where(lse_row == -float("inf"), float("inf"), lse_row * 1.4426950408889634)
+    out = (pid // tiles).to(tl.int64) * rows_padded + rows
+    tl.store(lse2 + out, lse_row, mask=rows < rows_padded)
+    tl.store(delta + out, dots, mask=rows < rows_padded)
+
+
+@triton.jit(do_not_specialize=["heads_kv", "group", "seq_q", "seq_kv", "rows_padded", "head_dim", "left", "right"])
+def gradients_kv(
+    q, k, v, do, lse2, delta, dk, dv, slopes,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_gb, stride_gh, stride_gm, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
+    stride_sb, stride_sh,
+    heads_kv, group, seq_q, seq_kv, rows_padded, head_dim, left, right, scale, cap, dscale,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dv[j] = sum_i p[i,j] do[i] and dk[j] = sum_i ds[i,j] q[i], BLOCK_N keys of one head, all its query heads."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(seq_kv, BLOCK_N)
+    tile = pid % tiles  # with a causal mask the first keys are seen by the most rows, and start first
+    batch = pid // tiles // heads_kv
+    head_kv = pid // tiles % heads_kv
+    start_n = tile * BLOCK_N
+    offset = seq_kv - seq_q
+    j = start_n + tl.arange(0, BLOCK_N)
+
+    # Rows [lo, hi) see some key of the tile, rows [full_lo, full_hi) every one. Keys past seq_kv need no
+    # mask: what they gather stays in rows of dk and dv that are not stored.
+    last = tl.minimum(start_n + BLOCK_N, seq_kv) - 1
+    lo = 0
+    hi = seq_q
+    full_lo = 0
+    full_hi = tl.cdiv(seq_q, BLOCK_M) * BLOCK_M  # rows past seq_q have lse2 = +inf
+    if RIGHT:
+        lo = tl.maximum(start_n - offset - right, 0) // BLOCK_M * BLOCK_M
+        full_lo = tl.cdiv(tl.maximum(last - offset - right, 0), BLOCK_M) * BLOCK_M
+    if LEFT:
+        hi = tl.minimum(hi, tl.maximum(last + left - offset + 1, 0))
+        full_hi = tl.maximum(start_n + left - offset + 1, 0) // BLOCK_M * BLOCK_M
+    if RIGHT:
+        full_lo = tl.minimum(full_lo, tl.cdiv(hi, BLOCK_M) * BLOCK_M)
+    full_hi = tl.maximum(full_lo, tl.minimum(full_hi, tl.cdiv(hi, BLOCK_M) * BLOCK_M))
+
+    k_head = head_of(k, batch, head_kv, stride_kb, stride_kh, TMA)
+    v_head = head_of(v, batch, head_kv, stride_vb, stride_vh, TMA)
+    k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
+    v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for member in range(group):  # the query heads that share this key head, in one fixed order
+        head = head_kv * group + member
+        q_head = head_of(q, batch, head, stride_qb, stride_qh, TMA)
+        g_head = head_of(do, batch, head, stride_gb, stride_gh, TMA)
+        statistics = (batch * heads_kv * group + head).to(tl.int64) * rows_padded
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes + batch * stride_sb + head * stride_sh) * 1.4426950408889634
+        if RIGHT:
+            dk_acc, dv_acc = gather_kv(
+                dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2 + statistics, delta + statistics, batch, head,
+                lo, full_lo, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap, slope,
+                True, LEFT, RIGHT, SOFTCAP, ALIBI, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
+        dk_acc, dv_acc = gather_kv(
+            dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2 + statistics, delta + statistics, batch, head,
+            full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap, slope,
+            False, LEFT, RIGHT, SOFTCAP, ALIBI, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
+        if LEFT:
+            dk_acc, dv_acc = gather_kv(
+                dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2 + statistics, delta + statistics, batch, head,
+                full_hi, hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap, slope,
+                True, LEFT, RIGHT, SOFTCAP, ALIBI, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
+
+    dk_head = head_of(dk, batch, head_kv, stride_dkb, stride_dkh, False)
+    dv_head = head_of(dv, batch, head_kv, stride_dvb, stride_dvh, False)
+    store_tile(dv_head, dv_acc, start_n, seq_kv, stride_dvn, head_dim, BLOCK_N, BLOCK_D, WIDE)
+    store_tile(dk_head, dk_acc * dscale, start_n, seq_kv, stride_dkn, head_dim, BLOCK_N, BLOCK_D, WIDE)
+
+
+@triton.jit
+def gather_kv(
+    dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, lo, hi, j, offset,
+    seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap, slope,
+    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What query rows [lo, hi) add to dk (without the scale) and dv, on transposed tiles."""
+    for start_m in tl.range(lo, hi, BLOCK_M, num_stages=STAGES):
+        start_m = tl.multiple_of(start_m, BLOCK_M)
+        rows = start_m + tl.arange(0, BLOCK_M)
+        i = rows + offset
+        q_tile = load_tile(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
+        lse_row = tl.load(lse2 + rows)
+        s = dot(k_tile, tl.trans(q_tile), None, PRECISION)  # [BLOCK_N, BLOCK_M]
+        s, t = logits(s, i[None, :], j[:, None], scale, cap, slope, SOFTCAP, ALIBI)
+        p = tl.exp2(s - lse_row[None, :])
+        if MASKED:
+            keep = visible(i[None, :], j[:, None], seq_kv, left, right, LEFT, RIGHT, False)
+            p = tl.where(keep, p, 0.0)
+        g_tile = load_tile(g_head, batch, head, start_m, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
+        dv_acc = dot(p.to(g_tile.dtype), g_tile, dv_acc, PRECISION)  # [BLOCK_N, BLOCK_D]
+        delta_row = tl.load(delta + rows)
+        dp = dot(v_tile, tl.trans(g_tile), None, PRECISION)  # [BLOCK_N, BLOCK_M]
+        ds = p * (dp - delta_row[None, :])
+        if SOFTCAP:
+            ds = ds * (1.0 - t * t)
+        if MASKED:  # dp of a hidden key may be inf or nan
+            ds = tl.where(keep, ds, 0.0)
+        dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc, PRECISION)  # [BLOCK_N, BLOCK_D]
+    return dk_acc, dv_acc
+
+
+@triton.jit(do_not_specialize=["heads", "group", "seq_q", "seq_kv", "rows_padded", "head_dim", "left", "right"])
+def gradients_q(
+    q, k, v, do, lse2, delta, dq, slopes,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_gb, stride_gh, stride_gm, stride_dqb, stride_dqh, stride_dqm, stride_sb, stride_sh,
+    heads, group, seq_q, seq_kv, rows_padded, head_dim, left, right, scale, cap, dscale,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, TAIL: tl.constexpr,
+    PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq[i] = sum_j ds[i,j] k[j], BLOCK_M rows of one head."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(seq_q, BLOCK_M)
+    tile = pid % tiles
+    if RIGHT:
+        tile = tiles - 1 - tile  # the longest rows start first
+    batch = pid // tiles // heads
+    head = pid // tiles % heads
+    start_m = tile * BLOCK_M
+    rows = start_m + tl.arange(0, BLOCK_M)
+    offset = seq_kv - seq_q
+    i = rows + offset
+    lo, full_lo, full_hi, hi = key_range(start_m, offset, seq_q, seq_kv, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes + batch * stride_sb + head * stride_sh) * 1.4426950408889634
+    q_head = head_of(q, batch, head, stride_qb, stride_qh, TMA)
+    g_head = head_of(do, batch, head, stride_gb, stride_gh, TMA)
+    k_head = head_of(k, batch, head // group, stride_kb, stride_kh, TMA)
+    v_head = head_of(v, batch, head // group, stride_vb, stride_vh, TMA)
+    q_tile = load_tile(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
+    g_tile = load_tile(g_head, batch, head, start_m, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
+    statistics = (pid // tiles).to(tl.int64) * rows_padded + rows
+    lse_row = tl.load(lse2 + statistics)
+    delta_row = tl.load(delta + statistics)
+    dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if LEFT:
+        dq_acc = gather_q(
+            dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, lo, full_lo, i,
+            seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
+            True, LEFT, RIGHT, SOFTCAP, ALIBI, TAIL, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+    dq_acc = gather_q(
+        dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, full_lo, full_hi, i,
+        seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
+        False, LEFT, RIGHT, SOFTCAP, ALIBI, TAIL, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+    if RIGHT or TAIL:
+        dq_acc = gather_q(
+            dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, full_hi, hi, i,
+            seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
+            True, LEFT, RIGHT, SOFTCAP, ALIBI, TAIL, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+    dq_head = head_of(dq, batch, head, stride_dqb, stride_dqh, False)
+    store_tile(dq_head, dq_acc * dscale, start_m, seq_q, stride_dqm, head_dim, BLOCK_M, BLOCK_D, WIDE)
+
+
+@triton.jit
+def gather_q(
+    dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head_kv, lo, hi, i, seq_kv, head_dim,
+    stride_kn, stride_vn, left, right, scale, cap, slope,
+    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    TAIL: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What keys [lo, hi) add to dq (without the scale)."""
+    for start_n in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
+        j = start_n + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, MASKED, TMA, WIDE)  # fmt: skip
+        v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, MASKED, TMA, WIDE)  # fmt: skip
+        s = dot(q_tile, tl.trans(k_tile), None, PRECISION)  # [BLOCK_M, BLOCK_N]
+        dp = dot(g_tile, tl.trans(v_tile), None, PRECISION)  # [BLOCK_M, BLOCK_N]
+        s, t = logits(s, i[:, None], j[None, :], scale, cap, slope, SOFTCAP, ALIBI)
+        p = tl.exp2(s - lse_row[:, None])
+        ds = p * (dp - delta_row[:, None])
+        if SOFTCAP:
+            ds = ds * (1.0 - t * t)
+        if MASKED:
+            ds = tl.where(visible(i[:, None], j[None, :], seq_kv, left, right, LEFT, RIGHT, TAIL), ds, 0.0)
+        dq_acc = dot(ds.to(k_tile.dtype), k_tile, dq_acc, PRECISION)  # [BLOCK_M, BLOCK_D]
+    return dq_acc

@@ -1,0 +1,105 @@
+"""The forward kernel: FlashAttention-2 (Dao 2023), algorithm 1, one program per tile of query rows."""
+
+import triton
+import triton.language as tl
+
+from flash2.backends.triton_fa2.tiles import dot, head_of, key_range, load_tile, logits, store_tile, visible
+
+
+@triton.jit(do_not_specialize=["heads", "group", "seq_q", "seq_kv", "head_dim", "left", "right"])
+def attention_forward(
+    q, k, v, o, lse, slopes,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_om, stride_sb, stride_sh,
+    heads, group, seq_q, seq_kv, head_dim, left, right, scale, cap,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    FOLD: tl.constexpr, NEGATE: tl.constexpr, TAIL: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """o[i] = sum_j softmax_j(logits(q[i].k[j])) v[j] and lse[i] (natural log), BLOCK_M rows of one head."""
+    pid = tl.program_id(0)  # tiles of one head are neighbours, so that its k and v stay in L2
+    tiles = tl.cdiv(seq_q, BLOCK_M)
+    tile = pid % tiles
+    if RIGHT:
+        tile = tiles - 1 - tile  # the longest rows start first and the short ones fill the end
+    batch = pid // tiles // heads
+    head = pid // tiles % heads
+    start_m = tile * BLOCK_M
+    offset = seq_kv - seq_q  # bottom-right: row i sees keys up to i + offset (flash-attention >= 2.1)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    i = rows + offset
+
+    lo, full_lo, full_hi, hi = key_range(start_m, offset, seq_q, seq_kv, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes + batch * stride_sb + head * stride_sh) * 1.4426950408889634
+    q_head = head_of(q, batch, head, stride_qb, stride_qh, TMA)
+    k_head = head_of(k, batch, head // group, stride_kb, stride_kh, TMA)
+    v_head = head_of(v, batch, head // group, stride_vb, stride_vh, TMA)
+    q_tile = load_tile(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    if LEFT:
+        acc, l_i, m_i = attend(
+            acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, lo, full_lo, i, seq_kv, head_dim,
+            stride_kn, stride_vn, left, right, scale, cap, slope, True, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE,
+            TAIL, PAD_D, WIDE, PRECISION, TMA, False, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+    acc, l_i, m_i = attend(
+        acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, full_lo, full_hi, i, seq_kv, head_dim,
+        stride_kn, stride_vn, left, right, scale, cap, slope, False, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE,
+        TAIL, PAD_D, WIDE, PRECISION, TMA, WS, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+    if RIGHT or TAIL:
+        acc, l_i, m_i = attend(
+            acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, full_hi, hi, i, seq_kv, head_dim,
+            stride_kn, stride_vn, left, right, scale, cap, slope, True, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE,
+            TAIL, PAD_D, WIDE, PRECISION, TMA, False, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+
+    l_safe = tl.where(l_i == 0.0, 1.0, l_i)  # a row that saw no key: o = 0, and lse = m_i = -inf
+    acc = acc * (1.0 / l_safe)[:, None]
+    o_head = head_of(o, batch, head, stride_ob, stride_oh, False)
+    store_tile(o_head, acc, start_m, seq_q, stride_om, head_dim, BLOCK_M, BLOCK_D, WIDE)
+    lse_rows = lse + (pid // tiles).to(tl.int64) * seq_q + rows
+    tl.store(lse_rows, (m_i + tl.log2(l_safe)) * 0.6931471805599453, mask=rows < seq_q)
+
+
+@triton.jit
+def attend(
+    acc, l_i, m_i, q_tile, k_head, v_head, batch, head_kv, lo, hi, i, seq_kv, head_dim,
+    stride_kn, stride_vn, left, right, scale, cap, slope,
+    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    FOLD: tl.constexpr, NEGATE: tl.constexpr, TAIL: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over keys [lo, hi), both multiples of BLOCK_N but for the last tile's end."""
+    for start_n in tl.range(lo, hi, BLOCK_N, num_stages=STAGES, warp_specialize=WS):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
+        j = start_n + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, MASKED, TMA, WIDE)  # fmt: skip
+        s = dot(q_tile, tl.trans(k_tile), None, PRECISION)  # [BLOCK_M, BLOCK_N]
+        if NEGATE:
+            s = -s
+        if not FOLD:
+            s, _ = logits(s, i[:, None], j[None, :], scale, cap, slope, SOFTCAP, ALIBI)
+        if MASKED:
+            s = tl.where(visible(i[:, None], j[None, :], seq_kv, left, right, LEFT, RIGHT, TAIL), s, -float("inf"))
+        # One formula for masked and full tiles, so that a row's result does not depend on where tiles fall.
+        if FOLD:  # scale > 0 commutes with max: one fma per logit
+            m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
+            m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that saw no key yet stays finite
+            p = tl.exp2(s * scale - m_safe[:, None])
+        else:
+            m_new = tl.maximum(m_i, tl.max(s, 1))
+            m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+            p = tl.exp2(s - m_safe[:, None])
+        alpha = tl.exp2(m_i - m_safe)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = m_new
+        acc = acc * alpha[:, None]
+        v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, MASKED, TMA, WIDE)  # fmt: skip
+        acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)  # [BLOCK_M, BLOCK_D]
+    return acc, l_i, m_i

@@ -1,0 +1,135 @@
+"""What forward and backward kernels share: loading a tile, multiplying, masking, the logits.
+
+Logits live in the log2 domain inside a kernel (exp2 is one instruction, exp is two), with the
+factor log2(e) folded into `scale` on the host. Indices: `i` is a query's place on the bottom-right
+diagonal (row + seq_kv - seq_q), `j` a key, both shaped to broadcast over the tile.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+# Chosen by Triton when it is imported, so read once, here, for everybody.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+UPCAST = tl.constexpr(INTERPRET)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in float32; PRECISION is how float32 operands meet the tensor cores."""
+    if UPCAST:  # the interpreter multiplies bf16 by bit pattern, and knows no classes of float32 maths
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def head_of(x, batch, head, stride_b, stride_h, TMA: tl.constexpr):
+    """Where load_tile reads one head: a pointer to it, or the whole tensor's descriptor."""
+    if TMA:
+        return x
+    else:
+        return x + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+
+
+@triton.jit
+def load_tile(x, batch, head, start, seq, stride, head_dim,
+              ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
+              TAIL: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Rows start.. of a head_of() head, [ROWS, BLOCK_D]; 0 past seq (if TAIL) and past head_dim."""
+    if TMA:  # the hardware fills what is out of bounds with 0
+        return x.load([batch, head, start, 0]).reshape([ROWS, BLOCK_D])
+    else:
+        rows = tl.arange(0, ROWS)
+        cols = tl.arange(0, BLOCK_D)
+        ptrs = x + start.to(tl.int64) * stride + row_offsets(rows, stride, WIDE)[:, None] + cols[None, :]
+        if TAIL and PAD_D:
+            return tl.load(ptrs, mask=(rows[:, None] < seq - start) & (cols[None, :] < head_dim), other=0.0)
+        elif TAIL:
+            return tl.load(ptrs, mask=rows[:, None] < seq - start, other=0.0)
+        elif PAD_D:
+            return tl.load(ptrs, mask=cols[None, :] < head_dim, other=0.0)
+        else:
+            return tl.load(ptrs)
+
+
+@triton.jit
+def store_tile(x, tile, start, seq, stride, head_dim,
+               ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Write the rows below seq and columns below head_dim of `tile` to the head at pointer x."""
+    rows = tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_D)
+    ptrs = x + start.to(tl.int64) * stride + row_offsets(rows, stride, WIDE)[:, None] + cols[None, :]
+    tl.store(ptrs, tile.to(x.dtype.element_ty), mask=(rows[:, None] < seq - start) & (cols[None, :] < head_dim))
+
+
+@triton.jit
+def row_offsets(rows, stride, WIDE: tl.constexpr):
+    """rows * stride; in 64 bits where a tile of rows spans more than 2^31 elements."""
+    if WIDE:
+        return rows.to(tl.int64) * stride
+    else:
+        return rows * stride
+
+
+@triton.jit
+def key_range(start_m, offset, seq_q, seq_kv, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """(lo, full_lo, full_hi, hi) for the query rows start_m..: keys [lo, hi) are visible to some row, of which
+    [full_lo, full_hi) to every one; all but hi are multiples of BLOCK_N."""
+    first = start_m + offset
+    last = tl.minimum(start_m + BLOCK_M, seq_q) - 1 + offset
+    lo = 0
+    hi = seq_kv
+    full_lo = 0
+    full_hi = seq_kv
+    if LEFT:
+        lo = tl.maximum(first - left, 0) // BLOCK_N * BLOCK_N
+        full_lo = tl.cdiv(tl.maximum(last - left, 0), BLOCK_N) * BLOCK_N
+    if RIGHT:
+        hi = tl.minimum(hi, tl.maximum(last + right + 1, 0))
+        full_hi = tl.minimum(full_hi, tl.maximum(first + right + 1, 0))
+    full_hi = full_hi // BLOCK_N * BLOCK_N
+    if LEFT:
+        full_lo = tl.minimum(full_lo, tl.cdiv(hi, BLOCK_N) * BLOCK_N)
+        full_hi = tl.maximum(full_lo, full_hi)
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def visible(i, j, seq_kv, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, TAIL: tl.constexpr):
+    """True where query i sees key j: the band left..right beside the diagonal, and no key past seq_kv."""
+    keep = j <= i + right if RIGHT else j >= 0
+    if LEFT:
+        keep = keep & (j >= i - left)
+    if TAIL:
+        keep = keep & (j < seq_kv)
+    return keep
+
+
+@triton.jit
+def logits(s, i, j, scale, cap, slope, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
+    """(logits, tanh): q.k products -> softcap(s * scale) + alibi, and the tanh that the softcap took.
+
+    With SOFTCAP, `scale` is scale/softcap and `cap` is softcap*log2(e); without, `scale` has the log2(e).
+    """
+    s = s * scale
+    t = s
+    if SOFTCAP:
+        t = tanh(s)
+        s = cap * t
+    if ALIBI:
+        s = s - slope * tl.abs(i - j).to(tl.float32)
+    return s, t
+
+
+@triton.jit
+def tanh(x):
+    """tanh to a few ulp. Small arguments by a polynomial (Cephes tanhf), where 1 - exp(-2x) cancels."""
+    z = x * x
+    small = ((((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
+             - 3.33332819422e-1) * z * x + x  # fmt: skip
+    e = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2|x|)
+    large = (1.0 - e) / (1.0 + e)
+    return tl.where(z < 0.390625, small, tl.where(x < 0.0, -large, large))
