@@ -82,6 +82,7 @@ class Worker:
 def _serve(pipe: Connection, target: str, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _die_with(parent)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler reports its stages on stderr otherwise
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a chatty library must not end up in a table on stdout
     module, _, name = target.partition(":")
     handle = getattr(importlib.import_module(module), name)

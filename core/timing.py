@@ -20,6 +20,7 @@ import torch
 _clock = time.perf_counter
 _sleep = time.sleep
 _Event = torch.cuda.Event
+_elapsed = torch.cuda.Event.elapsed_time
 
 FLUSH_TIMES_L2 = 5  # 256 MB on an H200 (50 MB of L2), what triton.testing.do_bench overwrites too
 BURST_MS = 4.0  # samples of one call in a row, before the next call has its turn
@@ -60,7 +61,7 @@ class CudaTimer:
             call()
             stop.record()
         torch.cuda.synchronize(self.device)
-        return [start.elapsed_time(stop) for start, stop in events]
+        return [_elapsed(start, stop) for start, stop in events]
 
     def wall(self, call: Callable[[], object]) -> float:
         """Milliseconds on the host clock from an idle device to an idle device: sees every stream."""

@@ -1,0 +1,28 @@
+"""Options of the whole suite: which device the contract is tested on, and which backends."""
+
+from hypothesis import HealthCheck, settings
+
+# A fixed choice of examples, so that a failure in CI is the failure at home; the first call of a kernel may compile.
+settings.register_profile(
+    "flash2",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("flash2")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("flash2")
+    group.addoption("--device", default="cpu", help="device of the contract suite: cpu (default), cuda, cuda:1")
+    group.addoption("--backends", default="", help="run the contract suite on these alone: names or file.py:Class, ...")
+    group.addoption(
+        "--every-shape",
+        action="store_true",
+        help="also try every shape on backends that compile each one for seconds",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "few_shapes: also run on backends that compile every shape for seconds")

@@ -1,0 +1,22 @@
+"""Peaks belong to a class; no time may beat them."""
+
+import pytest
+from flash2.core.peaks import floor_ms, peak
+
+
+def test_a_class_of_k_products_has_a_kth_of_the_peak():
+    h200 = "NVIDIA H200"
+    for precision, base, products in (("bf16x6", "bf16", 6), ("bf16x3", "bf16", 3), ("tf32x3", "tf32", 3)):
+        assert products * peak(h200, precision, {}).tflops == pytest.approx(peak(h200, base, {}).tflops)
+    assert peak(h200, "ieee", {}).tflops < peak(h200, "tf32", {}).tflops / 7
+
+
+def test_an_unknown_device_is_held_against_what_was_measured():
+    assert peak("Some CPU", "ieee", {"ieee": 0.2}).source == "measured"
+    assert peak("Some CPU", "bf16", {"ieee": 0.2}) is None
+    assert floor_ms("Some CPU", "bf16", 10**12, 0, {"ieee": 0.2}) == 0
+
+
+@pytest.mark.parametrize(("flops", "moved", "ms"), [(989.4e12, 0, 1000), (0, 4800 * 10**9 + (64 << 20), 1000), (1e9, 1e6, 1e-3)])
+def test_the_floor_is_the_larger_of_work_and_traffic(flops, moved, ms):
+    assert floor_ms("NVIDIA H200", "bf16", int(flops), int(moved), {}) == pytest.approx(ms, rel=0.02)
