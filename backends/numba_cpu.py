@@ -48,10 +48,37 @@ class NumbaCPU(Backend):
             scratch = torch.empty(threads * kernels.forward_floats(sizes[5]))
             counter = torch.zeros(1, dtype=torch.int64)
             kernels.forward(
-                threads, flat(scratch), flat(counter), flat(q), flat(k), flat(v), flat(v.view(torch.int32)),
+                threads, flat(scratch), flat(counter), flat(q), flat(k), flat(v),
                 flat(o), flat(lse), flat(slopes), sizes, band, spec.scale, spec.softcap,
             )  # fmt: skip
         return o, lse
+
+    def backward(self, do, q, k, v, o, lse, spec):
+        """(dq, dk, dv), contiguous; needs heads_q * seq_q * head_dim floats more per split of the keys."""
+        from flash2.backends import numba_kernels as kernels
+
+        sizes, band, slopes = arguments(q, k, spec)
+        do, q, k, v, o, lse = (x.detach().contiguous() for x in (do, q, k, v, o, lse))
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        batch, heads_q, heads_kv, seq_q, seq_kv, head_dim = sizes
+        splits, width = key_splits(batch * heads_kv, seq_kv), kernels.wide(head_dim)
+        sums = dq if (splits, width) == (1, head_dim) else torch.empty(splits * batch * heads_q * seq_q * width)
+        with launch() as threads:
+            scratch = torch.empty(threads * kernels.backward_floats(sizes))
+            counter = torch.zeros(1 + batch * heads_kv, dtype=torch.int64)
+            kernels.backward(
+                threads, flat(scratch), flat(counter), splits, flat(do), flat(q), flat(k), flat(v), flat(o), flat(lse),
+                flat(sums), flat(dq), flat(dk), flat(dv), flat(slopes), sizes, band, spec.scale, spec.softcap,
+            )  # fmt: skip
+        return dq, dk, dv
+
+
+def key_splits(heads, seq_kv):
+    """Into how many backward tasks the keys of a head are cut: enough in all for 32 threads, none below 512 keys.
+
+    Not by the number of threads: the split decides the order of the sums, and so the bits of dq.
+    """
+    return max(1, min(-(-32 // heads), seq_kv // 512))
 
 
 def arguments(q, k, spec: Spec):

@@ -32,7 +32,8 @@ NR = LANES * VECS  # columns of one product
 BLOCK_M = NR * max(1, 128 // NR)  # queries per forward task
 BLOCK_N = 128  # keys per forward step
 BWD_BLOCK_M = 128  # queries per backward step
-BWD_BLOCK_N = NR * max(1, 128 // NR)  # keys per backward task step
+BWD_BLOCK_N = NR * max(1, 128 // NR)  # keys per backward step
+LD_S = BWD_BLOCK_N + 16  # row length of its score tiles: off the powers of two that share cache sets
 OPEN = 1 << 40  # a window end that hides nothing
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -259,7 +260,8 @@ def _product(rows, a_step_is_row, beta):
     """c[r, :NR] = beta(c)[r, :NR] + sum_k a(r, k) b[k, :NR] for r < rows, as one register tile.
 
     a(r, k) is a[r * lda + k], or a[k * lda + r] for the transposed reading; beta is "zero", "one"
-    or "row" (c is multiplied lane by lane with the NR floats at scale[0]).
+    or "row" (c is multiplied lane by lane with the NR floats at scale[0]). The sum is complete before c
+    is added to it: one long chain of additions would lose more bits.
     """
 
     def op(typingctx, a, a0, lda, b, b0, ldb, c, c0, ldc, depth, scale):
@@ -277,12 +279,7 @@ def _product(rows, a_step_is_row, beta):
                 factors = [_load(builder, builder.gep(s_pointer, [i64(v * LANES)])) for v in range(VECS)]
             for r in range(rows):
                 for v in range(VECS):
-                    if beta == "zero":
-                        start = _constant(0.0)
-                    else:
-                        start = _load(builder, builder.gep(c_rows[r], [i64(v * LANES)]))
-                        start = builder.fmul(start, factors[v]) if beta == "row" else start
-                    builder.store(start, tile[r][v])
+                    builder.store(_constant(0.0), tile[r][v])
             with cgutils.for_range(builder, depth, intp=i64) as loop:
                 b_row = builder.gep(b_pointer, [builder.mul(loop.index, ldb)])
                 b_vecs = [_load(builder, builder.gep(b_row, [i64(v * LANES)])) for v in range(VECS)]
@@ -296,7 +293,12 @@ def _product(rows, a_step_is_row, beta):
                         builder.store(_fma(builder, a_vec, b_vecs[v], builder.load(tile[r][v])), tile[r][v])
             for r in range(rows):
                 for v in range(VECS):
-                    _store(builder, builder.load(tile[r][v]), builder.gep(c_rows[r], [i64(v * LANES)]))
+                    at, total = builder.gep(c_rows[r], [i64(v * LANES)]), builder.load(tile[r][v])
+                    if beta == "one":
+                        total = builder.fadd(_load(builder, at), total)
+                    elif beta == "row":
+                        total = _fma(builder, _load(builder, at), factors[v], total)
+                    _store(builder, total, at)
             return context.get_dummy_value()
 
         i = types.int64
@@ -394,9 +396,9 @@ def transpose(rows, columns, source, s0, lds, target, t0, ldt):
 
 
 @_jit
-def all_finite(bits, start, count):
-    """No NaN or Inf among the floats whose bits are bits[start : start + count] (int32)."""
-    worst = np.int32(0)
+def all_finite(x, start, count):
+    """No NaN or Inf in x[start : start + count]."""
+    bits, worst = x.view(np.int32), np.int32(0)
     for i in range(start, start + count):
         worst = max(worst, bits[i] & np.int32(0x7FFFFFFF))  # an integer maximum vectorises
     return worst < 0x7F800000
@@ -454,14 +456,14 @@ def online_softmax(s, rows, scale, m, l, alpha):
         m_new = vmax(vmul(highest, factor), m_old)
         m_safe = vfinite(m_new)
         shrink = vexp2(vsub(m_old, m_safe))
-        total = vmul(load(l, c), shrink)
+        total = zero
         m_minus = vsub(zero, m_safe)
         for r in range(rows):
             p = vexp2(vfma(load(s, r * NR + c), factor, m_minus))
             store(s, r * NR + c, p)
             total = vadd(total, p)
         store(m, c, m_new)
-        store(l, c, total)
+        store(l, c, vfma(load(l, c), shrink, total))
         store(alpha, c, shrink)
 
 
@@ -487,7 +489,7 @@ def add_visible(p, keys, first_key, lowest, highest, queries, v, v0, head_dim, a
 
 
 @_jit
-def forward_worker(scratch, counter, q, k, v, v_bits, o, lse, slopes, sizes, band, scale, softcap):
+def forward_worker(scratch, counter, q, k, v, o, lse, slopes, sizes, band, scale, softcap):
     """Take tiles of BLOCK_M queries off the counter, the longest ones first, until none is left."""
     batch, heads_q, heads_kv, seq_q, seq_kv, head_dim = sizes
     left, right = band
@@ -549,7 +551,7 @@ def forward_worker(scratch, counter, q, k, v, v_bits, o, lse, slopes, sizes, ban
                     hide_keys(s[skip * NR :], keys - skip, first + skip, lowest, highest)
                 lanes = slice(i0 - row0, i0 - row0 + NR)
                 online_softmax(s, keys, factor, m[lanes], l[lanes], alpha)
-                if edge and not all_finite(v_bits, kv + first * head_dim, keys * head_dim):
+                if edge and not all_finite(v, kv + first * head_dim, keys * head_dim):
                     add_visible(
                         s, keys, first, lowest, highest, i1 - i0 + 1, v, kv + first * head_dim, head_dim,
                         acc[panel:], alpha,
@@ -582,10 +584,225 @@ def finish_rows(acc, m, l, rows, head_dim, o, lse):
 
 
 @njit(parallel=True, error_model="numpy", cache=True)
-def forward(threads, scratch, counter, q, k, v, v_bits, o, lse, slopes, sizes, band, scale, softcap):
+def forward(threads, scratch, counter, q, k, v, o, lse, slopes, sizes, band, scale, softcap):
     """Fill o and lse with `threads` workers; all arrays flat, counter zero."""
     each = forward_floats(sizes[5])
     for t in prange(threads):
         forward_worker(
-            scratch[t * each : (t + 1) * each], counter, q, k, v, v_bits, o, lse, slopes, sizes, band, scale, softcap
+            scratch[t * each : (t + 1) * each], counter, q, k, v, o, lse, slopes, sizes, band, scale, softcap
         )
+
+
+# ---- backward
+
+
+@_jit
+def wide(head_dim):
+    """head_dim rounded up to whole products: the row length of the sums of dq."""
+    return (head_dim + NR - 1) // NR * NR
+
+
+@_jit
+def backward_floats(sizes):
+    """Floats of scratch one thread of the backward pass needs."""
+    _, heads_q, heads_kv, seq_q, _, head_dim = sizes
+    columns = 4 * pad(BWD_BLOCK_N * head_dim) + BWD_BLOCK_N * wide(head_dim)
+    return columns + 2 * BWD_BLOCK_M * LD_S + pad(heads_q // heads_kv * seq_q)
+
+
+@njit(nogil=True, error_model="numpy", cache=True, fastmath={"contract", "reassoc"})
+def row_dots(x, y, start, rows, head_dim, out):
+    """out[r] = x[r] . y[r], the delta of FlashAttention-2 (algorithm 2, line 4)."""
+    for r in range(rows):
+        total = np.float32(0.0)
+        for at in range(start + r * head_dim, start + (r + 1) * head_dim):
+            total += x[at] * y[at]
+        out[r] = total
+
+
+@_jit
+def score_gradients(s, dp, rows, scale, softcap, slope, lse, delta, lowest, highest, distance):
+    """s (rows, NR), a column per key, becomes p = exp(s - lse), and dp the gradient of s before its scale.
+
+    Row r sees columns lowest + r to highest + r; key c stands distance - r + c right of its diagonal.
+    """
+    zero, one = splat(np.float32(0.0)), splat(np.float32(1.0))
+    factor = splat(np.float32(scale * LOG2E))
+    inner = splat(np.float32(scale / softcap if softcap != 0 else 0.0))
+    outer = splat(np.float32(softcap * LOG2E))
+    fall = splat(np.float32(-slope * np.float32(LOG2E)))
+    for r in range(rows):
+        minus_lse = splat(np.float32(lse[r] * -LOG2E))
+        minus_delta = splat(-delta[r])
+        hides = lowest + r > 0 or highest + r < NR - 1
+        for c in range(0, NR, LANES):
+            at = r * LD_S + c
+            x = load(s, at)
+            ds = vadd(load(dp, at), minus_delta)
+            if softcap != 0:
+                t = vtanh(vmul(x, inner))
+                ds = vmul(ds, vfma(vsub(zero, t), t, one))
+                x = vfma(t, outer, minus_lse)
+            else:
+                x = vfma(x, factor, minus_lse)
+            if slope != 0:
+                x = vfma(vabs(vadd(lane_numbers(), splat(np.float32(distance - r + c)))), fall, x)
+            p = vexp2(x)
+            ds = vmul(ds, p)
+            if hides:
+                p = keep_lanes(p, lowest + r - c, highest + r - c, zero)
+                ds = keep_lanes(ds, lowest + r - c, highest + r - c, zero)
+            store(s, at, p)
+            store(dp, at, ds)
+
+
+@_jit
+def add_visible_t(ds, rows, lowest, highest, columns, x, x0, head_dim, acc):
+    """acc += x^T ds over visible pairs alone, for an x (dO or q) whose NaN hidden keys must not see."""
+    for r in range(rows):
+        for c in range(max(lowest + r, 0), min(highest + r + 1, columns)):
+            for d in range(head_dim):
+                acc[d * NR + c] += x[x0 + r * head_dim + d] * ds[r * LD_S + c]
+
+
+@_jit
+def add_visible_dq(ds, rows, lowest, highest, columns, k, k0, head_dim, acc, ld_acc):
+    """acc += ds k over visible pairs alone, for a k whose NaN hidden queries must not see."""
+    for r in range(rows):
+        for c in range(max(lowest + r, 0), min(highest + r + 1, columns)):
+            for d in range(head_dim):
+                acc[r * ld_acc + d] += k[k0 + c * head_dim + d] * ds[r * LD_S + c]
+
+
+@_jit
+def pack_keys(k, k0, keys, head_dim, kt, kp):
+    """The panels of k[:keys]: kt transposed, (head_dim, NR) each, for q k^T; kp (keys, NR) each, for ds k."""
+    kt[:] = 0
+    for c in range(0, keys, NR):
+        transpose(min(NR, keys - c), head_dim, k, k0 + c * head_dim, head_dim, kt, c * head_dim, NR)
+    if kp.size > 0:
+        kp[:] = 0
+        for j in range(keys):
+            for d in range(head_dim):
+                kp[d // NR * NR * BWD_BLOCK_N + j * NR + d % NR] = k[k0 + j * head_dim + d]
+
+
+@_jit
+def backward_worker(
+    scratch, counter, splits, do, q, k, v, o, lse, sums, dq, dk, dv, slopes, sizes, band, scale, softcap
+):
+    """Take (split of the keys, batch, key head) tasks off counter[0] until none is left.
+
+    A task owns its keys' dk and dv and a copy of dq to sum into, so that no two threads ever add to
+    one number: the order of every sum, and with it every bit, is the same whoever runs the task.
+    The last task of a key head (the rest of counter) adds the copies up.
+    """
+    batch, heads_q, heads_kv, seq_q, seq_kv, head_dim = sizes
+    left, right = band
+    group = heads_q // heads_kv
+    diagonal = seq_kv - seq_q  # query i stands at key i + diagonal
+    width = wide(head_dim)
+    block = BWD_BLOCK_N * head_dim
+    at = pad(block)
+    kt, vt, dkt, dvt = scratch[:block], scratch[at:], scratch[2 * at :], scratch[3 * at :]
+    vt, dkt, dvt = vt[:block], dkt[:block], dvt[:block]
+    at *= 4
+    kp = scratch[at : at + BWD_BLOCK_N * width]
+    at += BWD_BLOCK_N * width
+    s, dp = scratch[at : at + BWD_BLOCK_M * LD_S], scratch[at + BWD_BLOCK_M * LD_S : at + 2 * BWD_BLOCK_M * LD_S]
+    delta = scratch[at + 2 * BWD_BLOCK_M * LD_S :]
+    while True:
+        task = fetch_add(counter, 0)
+        if task >= splits * batch * heads_kv:
+            return
+        kv_head, split = task % (batch * heads_kv), task // (batch * heads_kv)
+        head0 = kv_head * group  # kv_head counts over the batch too, and so does head0
+        row0 = head0 * seq_q
+        mine = sums[(split * batch * heads_q + head0) * seq_q * width :][: group * seq_q * width]
+        mine[:] = 0
+        row_dots(o, do, row0 * head_dim, group * seq_q, head_dim, delta)
+        for j0 in range(split * BWD_BLOCK_N, seq_kv, splits * BWD_BLOCK_N):
+            j1 = min(j0 + BWD_BLOCK_N, seq_kv)
+            key0 = (kv_head * seq_kv + j0) * head_dim
+            pack_keys(k, key0, j1 - j0, head_dim, kt, kp)
+            pack_keys(v, key0, j1 - j0, head_dim, vt, kp[:0])
+            dkt[:] = 0
+            dvt[:] = 0
+            k_finite = all_finite(k, key0, (j1 - j0) * head_dim)
+            begin, end = max(0, j0 - diagonal - right), min(seq_q, j1 - diagonal + left)
+            for g in range(group):
+                slope = slopes[head0 + g] if slopes.size > 0 else np.float32(0.0)
+                for i0 in range(begin, end, BWD_BLOCK_M):
+                    rows = min(BWD_BLOCK_M, end - i0)
+                    query = row0 + g * seq_q + i0  # counts over batch and heads
+                    for c in range(0, j1 - j0, NR):
+                        columns = min(NR, j1 - j0 - c)
+                        lowest, highest = i0 + diagonal - left - j0 - c, i0 + diagonal + right - j0 - c  # of row 0
+                        first = max(-highest, 0) // MR * MR  # whole tiles; what is too much is hidden below
+                        last = min((columns - lowest + MR - 1) // MR * MR, rows)
+                        if max(-highest, 0) >= min(columns - lowest, rows):
+                            continue
+                        a0 = (query + first) * head_dim
+                        tile, n = first * LD_S + c, last - first
+                        panel = c * head_dim
+                        product(n, q, a0, head_dim, kt, panel, NR, s, tile, LD_S, head_dim)
+                        product(n, do, a0, head_dim, vt, panel, NR, dp, tile, LD_S, head_dim)
+                        score_gradients(
+                            s[tile:], dp[tile:], n, scale, softcap, slope, lse[query + first :],
+                            delta[g * seq_q + i0 + first :], lowest + first, highest + first, -highest - first + right,
+                        )  # fmt: skip
+                        edge = lowest + last - 1 > 0 or highest + first < NR - 1
+                        if edge and not (all_finite(q, a0, n * head_dim) and all_finite(do, a0, n * head_dim)):
+                            low, high = lowest + first, highest + first
+                            add_visible_t(s[tile:], n, low, high, columns, do, a0, head_dim, dvt[panel:])
+                            add_visible_t(dp[tile:], n, low, high, columns, q, a0, head_dim, dkt[panel:])
+                        else:
+                            product_add_t(head_dim, do, a0, head_dim, s, tile, LD_S, dvt, panel, NR, n)
+                            product_add_t(head_dim, q, a0, head_dim, dp, tile, LD_S, dkt, panel, NR, n)
+                    lowest, highest = i0 + diagonal - left - j0, i0 + diagonal + right - j0
+                    into = (g * seq_q + i0) * width
+                    if not k_finite:
+                        add_visible_dq(
+                            dp, rows, lowest, highest, j1 - j0, k, key0, head_dim, mine[into:], width
+                        )
+                        continue
+                    for d in range(0, width, NR):
+                        for r in range(0, rows, MR):
+                            n = min(MR, rows - r)
+                            c0 = max(lowest + r, 0) // NR * NR
+                            c1 = min((highest + r + n + NR - 1) // NR * NR, j1 - j0)
+                            if max(lowest + r, 0) < min(highest + r + n, j1 - j0):
+                                product_add(
+                                    n, dp, r * LD_S + c0, LD_S, kp, d * BWD_BLOCK_N + c0 * NR, NR,
+                                    mine, into + r * width + d, width, c1 - c0,
+                                )  # fmt: skip
+            for c in range(0, j1 - j0, NR):
+                columns, panel = min(NR, j1 - j0 - c), c * head_dim
+                for x in range(panel, panel + NR * head_dim):
+                    dkt[x] *= np.float32(scale)
+                transpose(head_dim, columns, dkt, panel, NR, dk, key0 + panel, head_dim)
+                transpose(head_dim, columns, dvt, panel, NR, dv, key0 + panel, head_dim)
+        if fetch_add(counter, 1 + kv_head) == splits - 1:
+            stride = batch * heads_q * seq_q * width
+            for i in range(row0, row0 + group * seq_q):
+                for d in range(head_dim):
+                    total = np.float32(0.0)
+                    for x in range(splits):
+                        total += sums[x * stride + i * width + d]
+                    dq[i * head_dim + d] = total * np.float32(scale)
+
+
+@njit(parallel=True, error_model="numpy", cache=True)
+def backward(
+    threads, scratch, counter, splits, do, q, k, v, o, lse, sums, dq, dk, dv, slopes, sizes, band, scale, softcap
+):
+    """Fill dq, dk and dv with `threads` workers; all arrays flat, counter zero.
+
+    sums holds `splits` copies of dq with rows of wide(head_dim); it may be dq itself if that is one like dq.
+    """
+    each = backward_floats(sizes)
+    for t in prange(threads):
+        backward_worker(
+            scratch[t * each : (t + 1) * each], counter, splits, do, q, k, v, o, lse, sums, dq, dk, dv,
+            slopes, sizes, band, scale, softcap,
+        )  # fmt: skip
