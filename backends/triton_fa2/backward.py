@@ -7,8 +7,19 @@ and every sum has one fixed order: the gradients are bitwise reproducible.
 
 import triton
 import triton.language as tl
-
-from flash2.backends.triton_fa2.tiles import dot, head_of, key_range, load_tile, logits, store_tile, visible
+from flash2.backends.triton_fa2.tiles import (
+    ALL,
+    EDGES,
+    NONE,
+    dot,
+    head_of,
+    key_range,
+    load_rows,
+    load_tile,
+    logits,
+    store_tile,
+    visible,
+)
 
 
 @triton.jit(do_not_specialize=["heads", "seq_q", "rows_padded", "head_dim"])
@@ -48,7 +59,8 @@ def gradients_kv(
     stride_sb, stride_sh,
     heads_kv, group, seq_q, seq_kv, rows_padded, head_dim, left, right, scale, cap, dscale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    UNEVEN: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dv[j] = sum_i p[i,j] do[i] and dk[j] = sum_i ds[i,j] q[i], BLOCK_N keys of one head, all its query heads."""
@@ -88,24 +100,30 @@ def gradients_kv(
         head = head_kv * group + member
         q_head = head_of(q, batch, head, stride_qb, stride_qh, TMA)
         g_head = head_of(do, batch, head, stride_gb, stride_gh, TMA)
-        statistics = (batch * heads_kv * group + head).to(tl.int64) * rows_padded
+        row = batch * heads_kv * group + head
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes + batch * stride_sb + head * stride_sh) * 1.4426950408889634
-        if RIGHT:
+        if ONE_LOOP or not (LEFT or RIGHT):
             dk_acc, dv_acc = gather_kv(
-                dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2 + statistics, delta + statistics, batch, head,
-                lo, full_lo, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap, slope,
-                True, LEFT, RIGHT, SOFTCAP, ALIBI, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
-        dk_acc, dv_acc = gather_kv(
-            dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2 + statistics, delta + statistics, batch, head,
-            full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap, slope,
-            False, LEFT, RIGHT, SOFTCAP, ALIBI, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
-        if LEFT:
+                dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
+                lo, hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
+                slope, EDGES if LEFT or RIGHT else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
+        else:
+            if RIGHT:
+                dk_acc, dv_acc = gather_kv(
+                    dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
+                    lo, full_lo, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
+                    slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
             dk_acc, dv_acc = gather_kv(
-                dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2 + statistics, delta + statistics, batch, head,
-                full_hi, hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap, slope,
-                True, LEFT, RIGHT, SOFTCAP, ALIBI, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
+                dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
+                full_lo, full_hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
+                slope, NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
+            if LEFT:
+                dk_acc, dv_acc = gather_kv(
+                    dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
+                    full_hi, hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
+                    slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
 
     dk_head = head_of(dk, batch, head_kv, stride_dkb, stride_dkh, False)
     dv_head = head_of(dv, batch, head_kv, stride_dvb, stride_dvh, False)
@@ -115,34 +133,34 @@ def gradients_kv(
 
 @triton.jit
 def gather_kv(
-    dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, lo, hi, j, offset,
-    seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap, slope,
-    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
+    lo, hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap, slope,
+    MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    UNEVEN: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What query rows [lo, hi) add to dk (without the scale) and dv, on transposed tiles."""
+    """What query rows [lo, hi) add to dk (without the scale) and dv, on transposed tiles; those inside
+    [full_lo, full_hi) need no mask."""
     for start_m in tl.range(lo, hi, BLOCK_M, num_stages=STAGES):
         start_m = tl.multiple_of(start_m, BLOCK_M)
-        rows = start_m + tl.arange(0, BLOCK_M)
-        i = rows + offset
-        q_tile = load_tile(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
-        lse_row = tl.load(lse2 + rows)
+        i = start_m + tl.arange(0, BLOCK_M) + offset
+        q_tile = load_tile(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, UNEVEN, TMA, WIDE)  # fmt: skip
+        lse_row = load_rows(lse2, row, start_m, rows_padded, BLOCK_M, TMA)
         s = dot(k_tile, tl.trans(q_tile), None, PRECISION)  # [BLOCK_N, BLOCK_M]
         s, t = logits(s, i[None, :], j[:, None], scale, cap, slope, SOFTCAP, ALIBI)
         p = tl.exp2(s - lse_row[None, :])
-        if MASKED:
-            keep = visible(i[None, :], j[:, None], seq_kv, left, right, LEFT, RIGHT, False)
-            p = tl.where(keep, p, 0.0)
-        g_tile = load_tile(g_head, batch, head, start_m, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
+        if MASK == ALL:
+            p = tl.where(visible(i[None, :], j[:, None], seq_kv, left, right, LEFT, RIGHT, False), p, 0.0)
+        elif MASK == EDGES:
+            if (start_m < full_lo) | (start_m >= full_hi):
+                p = tl.where(visible(i[None, :], j[:, None], seq_kv, left, right, LEFT, RIGHT, False), p, 0.0)
+        g_tile = load_tile(g_head, batch, head, start_m, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, UNEVEN, TMA, WIDE)  # fmt: skip
         dv_acc = dot(p.to(g_tile.dtype), g_tile, dv_acc, PRECISION)  # [BLOCK_N, BLOCK_D]
-        delta_row = tl.load(delta + rows)
+        delta_row = load_rows(delta, row, start_m, rows_padded, BLOCK_M, TMA)
         dp = dot(v_tile, tl.trans(g_tile), None, PRECISION)  # [BLOCK_N, BLOCK_M]
         ds = p * (dp - delta_row[None, :])
         if SOFTCAP:
             ds = ds * (1.0 - t * t)
-        if MASKED:  # dp of a hidden key may be inf or nan
-            ds = tl.where(keep, ds, 0.0)
         dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc, PRECISION)  # [BLOCK_N, BLOCK_D]
     return dk_acc, dv_acc
 
@@ -154,7 +172,8 @@ def gradients_q(
     stride_gb, stride_gh, stride_gm, stride_dqb, stride_dqh, stride_dqm, stride_sb, stride_sh,
     heads, group, seq_q, seq_kv, rows_padded, head_dim, left, right, scale, cap, dscale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, TAIL: tl.constexpr,
-    PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    UNEVEN: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq[i] = sum_j ds[i,j] k[j], BLOCK_M rows of one head."""
@@ -166,9 +185,8 @@ def gradients_q(
     batch = pid // tiles // heads
     head = pid // tiles % heads
     start_m = tile * BLOCK_M
-    rows = start_m + tl.arange(0, BLOCK_M)
     offset = seq_kv - seq_q
-    i = rows + offset
+    i = start_m + tl.arange(0, BLOCK_M) + offset
     lo, full_lo, full_hi, hi = key_range(start_m, offset, seq_q, seq_kv, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
 
     slope = 0.0
@@ -180,42 +198,49 @@ def gradients_q(
     v_head = head_of(v, batch, head // group, stride_vb, stride_vh, TMA)
     q_tile = load_tile(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
     g_tile = load_tile(g_head, batch, head, start_m, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
-    statistics = (pid // tiles).to(tl.int64) * rows_padded + rows
-    lse_row = tl.load(lse2 + statistics)
-    delta_row = tl.load(delta + statistics)
+    lse_row = load_rows(lse2, pid // tiles, start_m, rows_padded, BLOCK_M, TMA)
+    delta_row = load_rows(delta, pid // tiles, start_m, rows_padded, BLOCK_M, TMA)
     dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if LEFT:
+    EDGE: tl.constexpr = LEFT or RIGHT or TAIL
+    if ONE_LOOP or not EDGE:
         dq_acc = gather_q(
-            dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, lo, full_lo, i,
-            seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
-            True, LEFT, RIGHT, SOFTCAP, ALIBI, TAIL, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
-    dq_acc = gather_q(
-        dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, full_lo, full_hi, i,
-        seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
-        False, LEFT, RIGHT, SOFTCAP, ALIBI, TAIL, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
-    if RIGHT or TAIL:
+            dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, lo, hi,
+            full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
+            EDGES if EDGE else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+    else:
+        if LEFT:
+            dq_acc = gather_q(
+                dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, lo, full_lo,
+                full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
+                ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
         dq_acc = gather_q(
-            dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, full_hi, hi, i,
-            seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
-            True, LEFT, RIGHT, SOFTCAP, ALIBI, TAIL, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+            dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, full_lo, full_hi,
+            full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
+            NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+        if RIGHT or TAIL:
+            dq_acc = gather_q(
+                dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, full_hi, hi,
+                full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
+                ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
     dq_head = head_of(dq, batch, head, stride_dqb, stride_dqh, False)
     store_tile(dq_head, dq_acc * dscale, start_m, seq_q, stride_dqm, head_dim, BLOCK_M, BLOCK_D, WIDE)
 
 
 @triton.jit
 def gather_q(
-    dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head_kv, lo, hi, i, seq_kv, head_dim,
-    stride_kn, stride_vn, left, right, scale, cap, slope,
-    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    TAIL: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head_kv, lo, hi,
+    full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
+    MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    UNEVEN: tl.constexpr, TAIL: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What keys [lo, hi) add to dq (without the scale)."""
+    """What keys [lo, hi) add to dq (without the scale); those inside [full_lo, full_hi) need no mask."""
+    LOAD_TAIL: tl.constexpr = UNEVEN and MASK != NONE
     for start_n in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         start_n = tl.multiple_of(start_n, BLOCK_N)
         j = start_n + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, MASKED, TMA, WIDE)  # fmt: skip
-        v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, MASKED, TMA, WIDE)  # fmt: skip
+        k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE)  # fmt: skip
+        v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE)  # fmt: skip
         s = dot(q_tile, tl.trans(k_tile), None, PRECISION)  # [BLOCK_M, BLOCK_N]
         dp = dot(g_tile, tl.trans(v_tile), None, PRECISION)  # [BLOCK_M, BLOCK_N]
         s, t = logits(s, i[:, None], j[None, :], scale, cap, slope, SOFTCAP, ALIBI)
@@ -223,7 +248,10 @@ def gather_q(
         ds = p * (dp - delta_row[:, None])
         if SOFTCAP:
             ds = ds * (1.0 - t * t)
-        if MASKED:
+        if MASK == ALL:  # p of a hidden key may be inf, and its dp inf or nan
             ds = tl.where(visible(i[:, None], j[None, :], seq_kv, left, right, LEFT, RIGHT, TAIL), ds, 0.0)
+        elif MASK == EDGES:
+            if (start_n < full_lo) | (start_n >= full_hi):
+                ds = tl.where(visible(i[:, None], j[None, :], seq_kv, left, right, LEFT, RIGHT, TAIL), ds, 0.0)
         dq_acc = dot(ds.to(k_tile.dtype), k_tile, dq_acc, PRECISION)  # [BLOCK_M, BLOCK_D]
     return dq_acc

@@ -13,7 +13,8 @@ class TileConfig:
     """How one kernel is cut: block_m query rows by block_n keys a step, warps of 32 threads, pipeline stages.
 
     tma loads q, k, v and do through tensor descriptors where their strides allow it (sm_90 and newer),
-    ws asks the compiler to specialise warps (forward, sm_90 and newer).
+    ws asks the compiler to specialise warps (forward, sm_90 and newer). one_loop branches around the mask in one
+    loop over all tiles, instead of one loop for the full tiles and others for those at the edges.
     """
 
     block_m: int
@@ -22,9 +23,10 @@ class TileConfig:
     num_stages: int = 2
     tma: bool = False
     ws: bool = False
+    one_loop: bool = False
 
     def __str__(self) -> str:
-        flags = "".join(f" {name}" for name in ("tma", "ws") if getattr(self, name))
+        flags = "".join(f" {name}" for name in ("tma", "ws", "one_loop") if getattr(self, name))
         return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}{flags}"
 
     def replace(self, **changes: object) -> TileConfig:

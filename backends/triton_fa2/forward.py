@@ -2,8 +2,18 @@
 
 import triton
 import triton.language as tl
-
-from flash2.backends.triton_fa2.tiles import dot, head_of, key_range, load_tile, logits, store_tile, visible
+from flash2.backends.triton_fa2.tiles import (
+    ALL,
+    EDGES,
+    NONE,
+    dot,
+    head_of,
+    key_range,
+    load_tile,
+    logits,
+    store_tile,
+    visible,
+)
 
 
 @triton.jit(do_not_specialize=["heads", "group", "seq_q", "seq_kv", "head_dim", "left", "right"])
@@ -13,8 +23,9 @@ def attention_forward(
     stride_ob, stride_oh, stride_om, stride_sb, stride_sh,
     heads, group, seq_q, seq_kv, head_dim, left, right, scale, cap,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    FOLD: tl.constexpr, NEGATE: tl.constexpr, TAIL: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr, STAGES: tl.constexpr,
+    FOLD: tl.constexpr, NEGATE: tl.constexpr, UNEVEN: tl.constexpr, TAIL: tl.constexpr,
+    PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, WS: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """o[i] = sum_j softmax_j(logits(q[i].k[j])) v[j] and lse[i] (natural log), BLOCK_M rows of one head."""
@@ -43,20 +54,27 @@ def attention_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    if LEFT:
+    EDGE: tl.constexpr = LEFT or RIGHT or TAIL
+    if ONE_LOOP or not EDGE:
         acc, l_i, m_i = attend(
-            acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, lo, full_lo, i, seq_kv, head_dim,
-            stride_kn, stride_vn, left, right, scale, cap, slope, True, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE,
-            TAIL, PAD_D, WIDE, PRECISION, TMA, False, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
-    acc, l_i, m_i = attend(
-        acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, full_lo, full_hi, i, seq_kv, head_dim,
-        stride_kn, stride_vn, left, right, scale, cap, slope, False, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE,
-        TAIL, PAD_D, WIDE, PRECISION, TMA, WS, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
-    if RIGHT or TAIL:
+            acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, lo, hi, full_lo, full_hi, i, seq_kv,
+            head_dim, stride_kn, stride_vn, left, right, scale, cap, slope, EDGES if EDGE else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD,
+            NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, WS, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+    else:
+        if LEFT:
+            acc, l_i, m_i = attend(
+                acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, lo, full_lo, full_lo, full_hi, i, seq_kv,
+                head_dim, stride_kn, stride_vn, left, right, scale, cap, slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD,
+                NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, False, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
         acc, l_i, m_i = attend(
-            acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, full_hi, hi, i, seq_kv, head_dim,
-            stride_kn, stride_vn, left, right, scale, cap, slope, True, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE,
-            TAIL, PAD_D, WIDE, PRECISION, TMA, False, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+            acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, full_lo, full_hi, full_lo, full_hi, i, seq_kv,
+            head_dim, stride_kn, stride_vn, left, right, scale, cap, slope, NONE, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD,
+            NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, False, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+        if RIGHT or TAIL:
+            acc, l_i, m_i = attend(
+                acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, full_hi, hi, full_lo, full_hi, i, seq_kv,
+                head_dim, stride_kn, stride_vn, left, right, scale, cap, slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD,
+                NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, False, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
 
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)  # a row that saw no key: o = 0, and lse = m_i = -inf
     acc = acc * (1.0 / l_safe)[:, None]
@@ -68,25 +86,30 @@ def attention_forward(
 
 @triton.jit
 def attend(
-    acc, l_i, m_i, q_tile, k_head, v_head, batch, head_kv, lo, hi, i, seq_kv, head_dim,
-    stride_kn, stride_vn, left, right, scale, cap, slope,
-    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    FOLD: tl.constexpr, NEGATE: tl.constexpr, TAIL: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr, STAGES: tl.constexpr,
+    acc, l_i, m_i, q_tile, k_head, v_head, batch, head_kv, lo, hi, full_lo, full_hi, i, seq_kv,
+    head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
+    MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    FOLD: tl.constexpr, NEGATE: tl.constexpr, UNEVEN: tl.constexpr, TAIL: tl.constexpr,
+    PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, WS: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over keys [lo, hi), both multiples of BLOCK_N but for the last tile's end."""
+    """The online softmax over keys [lo, hi), of which the tiles inside [full_lo, full_hi) need no mask."""
+    LOAD_TAIL: tl.constexpr = UNEVEN and MASK != NONE
     for start_n in tl.range(lo, hi, BLOCK_N, num_stages=STAGES, warp_specialize=WS):
         start_n = tl.multiple_of(start_n, BLOCK_N)
         j = start_n + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, MASKED, TMA, WIDE)  # fmt: skip
+        k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE)  # fmt: skip
         s = dot(q_tile, tl.trans(k_tile), None, PRECISION)  # [BLOCK_M, BLOCK_N]
         if NEGATE:
             s = -s
         if not FOLD:
             s, _ = logits(s, i[:, None], j[None, :], scale, cap, slope, SOFTCAP, ALIBI)
-        if MASKED:
+        if MASK == ALL:
             s = tl.where(visible(i[:, None], j[None, :], seq_kv, left, right, LEFT, RIGHT, TAIL), s, -float("inf"))
+        elif MASK == EDGES:
+            if (start_n < full_lo) | (start_n >= full_hi):
+                s = tl.where(visible(i[:, None], j[None, :], seq_kv, left, right, LEFT, RIGHT, TAIL), s, -float("inf"))
         # One formula for masked and full tiles, so that a row's result does not depend on where tiles fall.
         if FOLD:  # scale > 0 commutes with max: one fma per logit
             m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
@@ -100,6 +123,6 @@ def attend(
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = m_new
         acc = acc * alpha[:, None]
-        v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, MASKED, TMA, WIDE)  # fmt: skip
+        v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE)  # fmt: skip
         acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)  # [BLOCK_M, BLOCK_D]
     return acc, l_i, m_i

@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import torch
 import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
-
 from flash2.backends.triton_fa2 import backward, configs, forward
 from flash2.backends.triton_fa2.configs import Key, TileConfig
 from flash2.backends.triton_fa2.tiles import INTERPRET
 from flash2.core.contract import Spec
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = math.log2(math.e)
 SMALLEST_NORMAL = 2.0**-126
@@ -27,10 +26,10 @@ def attend(
     o = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     call_key = ("fwd", layout(q), layout(k), layout(v), o.stride(), *options(spec, pins), q.dtype, q.get_device())
-    launch = _plans.get(call_key)
-    if launch is None:
-        launch = _plans[call_key] = plan_forward(q, k, v, o, spec, pins or {})
-    launch(q, k, v, o, lse, spec.alibi_slopes)
+    plan = _plans.get(call_key)
+    if plan is None:
+        plan = _plans[call_key] = plan_forward(q, k, v, o, spec, pins or {})
+    plan(q, k, v, o, lse, spec.alibi_slopes)
     return o, lse
 
 
@@ -47,7 +46,7 @@ def differentiate(
     if plan is None:
         plan = _plans[call_key] = plan_backward(do, q, k, v, o, dq, dk, dv, spec, pins or {})
     rows_padded, statistics, gradients_kv, gradients_q = plan
-    lse2, delta = torch.empty((2, q.shape[0], q.shape[1], rows_padded), dtype=torch.float32, device=q.device)
+    lse2, delta = torch.empty((2, q.shape[0] * q.shape[1], rows_padded), dtype=torch.float32, device=q.device)
     statistics(o, do, lse, lse2, delta)
     gradients_kv(q, k, v, do, lse2, delta, dk, dv, spec.alibi_slopes)
     gradients_q(q, k, v, do, lse2, delta, dq, spec.alibi_slopes)
@@ -80,6 +79,7 @@ def plan_forward(q, k, v, o, spec: Spec, pins: Pins) -> Callable:
     """The forward launch for tensors laid out like these."""
     maths = Maths(q, k, spec)
     config = maths.config("fwd", pins, (q, k, v))
+    seq_kv = k.shape[2]
     scale, fold, negate = maths.scale, maths.fold, maths.scale < 0 and maths.fold
     return Launch(
         forward.attention_forward,
@@ -88,9 +88,9 @@ def plan_forward(q, k, v, o, spec: Spec, pins: Pins) -> Callable:
         (config.block_m, config.block_n, config.block_n, None, None, None),
         (*strides(q, k, v, o), *maths.slope_strides, *maths.sizes, maths.left, maths.right,
          abs(scale) if negate else scale, maths.cap),
-        dict(maths.features, FOLD=fold, NEGATE=negate, TAIL=maths.tail(config), PAD_D=maths.pad_d,
-             WIDE=too_wide(q, k, v, o), PRECISION=maths.precision, TMA=config.tma, WS=config.ws,
-             STAGES=config.num_stages, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=maths.block_d),
+        dict(maths.features, FOLD=fold, NEGATE=negate, UNEVEN=seq_kv % config.block_n != 0,
+             TAIL=maths.tail(config), PAD_D=maths.pad_d, WIDE=too_wide(q, k, v, o), PRECISION=maths.precision,
+             TMA=config.tma, WS=config.ws, ONE_LOOP=config.one_loop, STAGES=config.num_stages, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=maths.block_d),
         maths.block_d,
     )  # fmt: skip
 
@@ -111,27 +111,29 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, pins: Pins) -> tuple[i
         TileConfig(block_m=block, block_n=0, num_warps=4, num_stages=1),
         (None,) * 5,
         (*strides(o, do), heads, seq_q, rows_padded, head_dim),
-        dict(PAD_D=maths.pad_d, WIDE=wide, BLOCK_M=block, BLOCK_D=maths.block_d),
+        {"PAD_D": maths.pad_d, "WIDE": wide, "BLOCK_M": block, "BLOCK_D": maths.block_d},
         maths.block_d,
     )
     gradients_kv = Launch(
         backward.gradients_kv,
         (triton.cdiv(seq_kv, kv.block_n) * k.shape[0] * k.shape[1],),
         kv,
-        (kv.block_m, kv.block_n, kv.block_n, kv.block_m, None, None, None, None, None),
+        (kv.block_m, kv.block_n, kv.block_n, kv.block_m, kv.block_m, kv.block_m, None, None, None),
         (*strides(q, k, v, do, dk, dv), *maths.slope_strides, k.shape[1], group, seq_q, seq_kv, rows_padded, head_dim,
          maths.left, maths.right, maths.scale, maths.cap, spec.scale),
-        dict(shared, TMA=kv.tma, STAGES=kv.num_stages, BLOCK_M=kv.block_m, BLOCK_N=kv.block_n),
+        dict(shared, UNEVEN=seq_q % kv.block_m != 0, TMA=kv.tma, ONE_LOOP=kv.one_loop, STAGES=kv.num_stages,
+             BLOCK_M=kv.block_m, BLOCK_N=kv.block_n),
         maths.block_d,
     )  # fmt: skip
     gradients_q = Launch(
         backward.gradients_q,
         (triton.cdiv(seq_q, qs.block_m) * q.shape[0] * heads,),
         qs,
-        (qs.block_m, qs.block_n, qs.block_n, qs.block_m, None, None, None, None),
+        (qs.block_m, qs.block_n, qs.block_n, qs.block_m, qs.block_m, qs.block_m, None, None),
         (*strides(q, k, v, do, dq), *maths.slope_strides, heads, group, seq_q, seq_kv, rows_padded, head_dim,
          maths.left, maths.right, maths.scale, maths.cap, spec.scale),
-        dict(shared, TAIL=maths.tail(qs), TMA=qs.tma, STAGES=qs.num_stages, BLOCK_M=qs.block_m, BLOCK_N=qs.block_n),
+        dict(shared, UNEVEN=seq_kv % qs.block_n != 0, TAIL=maths.tail(qs), TMA=qs.tma, ONE_LOOP=qs.one_loop,
+             STAGES=qs.num_stages, BLOCK_M=qs.block_m, BLOCK_N=qs.block_n),
         maths.block_d,
     )  # fmt: skip
     return rows_padded, statistics, gradients_kv, gradients_q
@@ -148,10 +150,12 @@ class Maths:
         left = None if left is None or left >= seq_kv - 1 else left
         right = None if right is None or right >= seq_q - 1 else right
         self.left, self.right = left or 0, right or 0
-        self.features = dict(
-            LEFT=left is not None, RIGHT=right is not None,
-            SOFTCAP=spec.softcap != 0, ALIBI=spec.alibi_slopes is not None,
-        )  # fmt: skip
+        self.features = {
+            "LEFT": left is not None,
+            "RIGHT": right is not None,
+            "SOFTCAP": spec.softcap != 0,
+            "ALIBI": spec.alibi_slopes is not None,
+        }
         self.sizes = (heads, heads // k.shape[1], seq_q, seq_kv, head_dim)
         self.scale = spec.scale / spec.softcap if spec.softcap else spec.scale * LOG2E
         self.cap = spec.softcap * LOG2E
@@ -211,7 +215,9 @@ def fits_descriptor(x: torch.Tensor) -> bool:
 
 
 def descriptor(x: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
-    """x (batch, heads, seq, head_dim) in tiles of `rows` rows of one head."""
+    """x (batch, heads, seq, head_dim) in tiles of `rows` rows of one head, or the statistics (heads, seq) in runs."""
+    if x.dim() == 2:
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows])
     # The stride of an axis of length 1 is never taken, but must be a multiple of 16 bytes all the same.
     strides = [s if n > 1 else 16 for s, n in zip(x.stride(), x.shape, strict=True)]
     return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, rows, block_d])
@@ -220,7 +226,7 @@ def descriptor(x: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
 class Launch:
     """One kernel with all but its tensors bound. The first call compiles, later ones skip Triton's dispatch."""
 
-    __slots__ = ("kernel", "grid", "config", "tiles", "scalars", "constants", "block_d", "runner")
+    __slots__ = ("block_d", "config", "constants", "grid", "kernel", "runner", "scalars", "tiles")
 
     def __init__(self, kernel, grid, config: TileConfig, tiles, scalars, constants: dict, block_d: int) -> None:
         self.kernel, self.grid, self.config = kernel, grid, config
@@ -229,29 +235,28 @@ class Launch:
         self.scalars, self.constants, self.block_d = scalars, constants, block_d
         self.runner = None
 
-    def __call__(self, *tensors: torch.Tensor | None) -> None:
-        if self.tiles is not None:
-            tensors = tuple(
-                x if rows is None else descriptor(x, rows, self.block_d)
-                for x, rows in zip(tensors, self.tiles, strict=True)
-            )
-        if self.runner is not None:
-            self.runner(*tensors, *self.scalars)
-            return
-        compiled = self.kernel[self.grid](
-            *tensors,
-            *self.scalars,
-            **self.constants,
-            num_warps=self.config.num_warps,
-            num_stages=self.config.num_stages,
+    def arguments(self, tensors: tuple) -> tuple[tuple, dict]:
+        """The (positional, keyword) arguments of Triton's own dispatch."""
+        positional = (*self.described(tensors), *self.scalars)
+        return positional, {**self.constants, "num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+
+    def described(self, tensors: tuple) -> tuple:
+        """The tensors, through descriptors where this launch uses them."""
+        if self.tiles is None:
+            return tensors
+        return tuple(
+            x if rows is None else descriptor(x, rows, self.block_d)
+            for x, rows in zip(tensors, self.tiles, strict=True)
         )
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        if self.runner is not None:
+            self.runner(*self.described(tensors), *self.scalars)
+            return
+        positional, keyword = self.arguments(tensors)
+        compiled = self.kernel[self.grid](*positional, **keyword)
         if not INTERPRET:
             # The plan's key covers all that Triton specialises on, so this binary is right for every call of it.
             # Constants are bound by name above and by place here: they end the signature, in its order.
-            self.scalars = (*self.scalars, *(self.constants[name] for name in constexprs(self.kernel)))
-            self.runner = compiled[(*self.grid, 1, 1)[:3]]
-
-
-def constexprs(kernel) -> list[str]:
-    """The names of a kernel's compile-time parameters, in order."""
-    return [param.name for param in kernel.params if param.is_constexpr]
+            self.scalars += tuple(self.constants[param.name] for param in self.kernel.params if param.is_constexpr)
+            self.runner = compiled[(*self.grid, 1, 1)]

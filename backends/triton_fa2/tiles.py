@@ -13,6 +13,8 @@ import triton.language as tl
 # Chosen by Triton when it is imported, so read once, here, for everybody.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 UPCAST = tl.constexpr(INTERPRET)
+# Which tiles of a loop are masked.
+NONE, EDGES, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -52,6 +54,15 @@ def load_tile(x, batch, head, start, seq, stride, head_dim,
             return tl.load(ptrs, mask=cols[None, :] < head_dim, other=0.0)
         else:
             return tl.load(ptrs)
+
+
+@triton.jit
+def load_rows(x, index, start, padded, ROWS: tl.constexpr, TMA: tl.constexpr):
+    """[ROWS] numbers from `start` on of row `index` of x (rows, padded); through shared memory with TMA."""
+    if TMA:
+        return x.load([index, start]).reshape([ROWS])
+    else:
+        return tl.load(x + index.to(tl.int64) * padded + start + tl.arange(0, ROWS))
 
 
 @triton.jit
