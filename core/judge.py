@@ -218,7 +218,7 @@ class Judge:
         logit = float(self._oracle["size_lse"].nan_to_num().amax()) if ref.numel() else 0.0
         floor = budget.floor * (rounding.stored + rounding.logit * logit)
         top, rms, rows = _figures(emulation, size)
-        top, rms = max(top, floor * _amax(size)), max(rms, floor * _rms(size))
+        top, rms = max(top, 4 * floor * _amax(size)), max(rms, floor * _rms(size))
         worst_row = max(_amax(rows), floor)
         e_top, e_rms, e_rows = _figures(error, size)
         e_row = _amax(e_rows)

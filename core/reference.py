@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-SCRATCH_BYTES = 512 << 20  # bound on the score-sized temporaries of one block
+# Bound on the score-sized temporaries of one block; on the CPU they had better stay in its caches.
+SCRATCH_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}
 _LIVE = 8  # score-sized float64 temporaries alive at once, counted generously
 Tensors = dict[str, torch.Tensor]
 
@@ -163,19 +164,22 @@ def _attend(maths, q, k, v, do, causal, window, softcap, alibi_slopes, scale, si
     if sizes:
         out |= {f"size_{name}": x.new_zeros(x.shape if name == "lse" else x.shape[:-1]) for name, x in out.items()}
 
-    for g, rows in _blocks(groups, group, seq_q, seq_kv):
+    def scores(qb, kb, g, rows, keep):
+        """Logits of a block, -inf where hidden, (groups, group, rows, seq_kv), and tanh(logit / softcap)."""
+        s = maths.product(qb.flatten(1, 2), kb.mT).unflatten(1, (group, -1)) * scale
+        tanh = torch.tanh(s / softcap) if softcap else None
+        s = s if tanh is None else softcap * tanh
+        if alibi_slopes is not None:
+            s = s - alibi_slopes[g] * _distance(rows, seq_q, seq_kv, dev).abs().to(work)
+        return s.masked_fill(~keep, -torch.inf), tanh
+
+    for g, rows in _blocks(groups, group, seq_q, seq_kv, SCRATCH_BYTES[dev.type]):
         if rows.start == 0:  # a new block of groups
             kb, vb = k[g].to(work), v[g].to(work)
             dk, dv, dk_sq, dv_sq = 0, 0, 0, 0
         qb = q[g, :, rows].to(work)
         keep = _visible(rows, seq_q, seq_kv, causal, window, dev)
-        s = maths.product(qb.flatten(1, 2), kb.mT).unflatten(1, (group, -1)) * scale  # (groups, group, rows, seq_kv)
-        if softcap:
-            tanh = torch.tanh(s / softcap)
-            s = softcap * tanh
-        if alibi_slopes is not None:
-            s = s - alibi_slopes[g] * _distance(rows, seq_q, seq_kv, dev).abs().to(work)
-        s = s.masked_fill(~keep, -torch.inf)
+        s, tanh = scores(qb, kb, g, rows, keep)
         lse = s.logsumexp(-1, keepdim=True)  # -inf for a row that sees no key
         p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0))
         o = _visible_product(maths, _operand(p, maths), keep, vb).to(maths.out)
@@ -186,13 +190,16 @@ def _attend(maths, q, k, v, do, causal, window, softcap, alibi_slopes, scale, si
             out["size_lse"][g, :, rows] = 1 + (p * s.abs().masked_fill(~keep, 0)).sum(-1)
         if do is None:
             continue
+        if maths is not _ORACLE:
+            # Recomputed in another order of summing, as a backward kernel may: with the forward's own rounding errors
+            # many of them would cancel, here in exp(s - lse) and in dp - delta.
+            s, tanh = scores(qb.flip(-1), kb.flip(-1), g, rows, keep)
+            p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0))
         dob = do[g, :, rows].to(work)
         dp = maths.product(dob.flatten(1, 2), vb.mT).unflatten(1, (group, -1))
         delta = (dob * o.to(work)).sum(-1, keepdim=True)
-        slope = scale * (1 - tanh**2) if softcap else scale  # d/dx c*tanh(x/c) = 1 - tanh(x/c)^2
-        ds = p * (dp - delta)
-        if softcap:
-            ds = ds * (1 - tanh**2)
+        slope = 1 if tanh is None else 1 - tanh**2  # d/dx c*tanh(x/c) = 1 - tanh(x/c)^2
+        ds = p * (dp - delta) * slope
         ds = _operand(ds.masked_fill(~keep, 0), maths)
         dq = _visible_product(maths, ds, keep, kb) * scale
         out["dq"][g, :, rows] = dq
@@ -201,7 +208,7 @@ def _attend(maths, q, k, v, do, causal, window, softcap, alibi_slopes, scale, si
         dk = dk + _visible_product(maths, ds.flatten(1, 2).mT, keep_t, qb.flatten(1, 2)) * scale
         dv = dv + _visible_product(maths, _operand(p, maths).flatten(1, 2).mT, keep_t, dob.flatten(1, 2))
         if sizes:
-            ds_sq = p_sq * slope**2 * (dp**2 + delta**2 + dim * _msq(dob) * _msq(vb)[:, None].mT)
+            ds_sq = p_sq * (scale * slope) ** 2 * (dp**2 + delta**2 + dim * _msq(dob) * _msq(vb)[:, None].mT)
             ds_sq = ds_sq.masked_fill(~keep, 0)
             out["size_dq"][g, :, rows] = _size(ds_sq @ _msq(kb)[:, None], dq)
             dk_sq = dk_sq + ds_sq.flatten(1, 2).mT @ _msq(qb).flatten(1, 2)
@@ -214,11 +221,11 @@ def _attend(maths, q, k, v, do, causal, window, softcap, alibi_slopes, scale, si
     return {name: x.unflatten(0, (batch, heads_kv)).flatten(1, 2) for name, x in out.items()}
 
 
-def _blocks(groups: int, group: int, seq_q: int, seq_kv: int) -> Iterator[tuple[slice, slice]]:
+def _blocks(groups: int, group: int, seq_q: int, seq_kv: int, scratch: int) -> Iterator[tuple[slice, slice]]:
     """(groups, rows) slices: many whole groups when they are small, a few rows of one group when it is large."""
     if seq_kv == 0:
         return
-    budget = SCRATCH_BYTES // (8 * _LIVE)
+    budget = scratch // (8 * _LIVE)
     many = max(1, budget // max(1, group * seq_q * seq_kv))
     rows = seq_q if many > 1 else max(1, budget // (group * seq_kv))
     for first in range(0, groups, many):
