@@ -16,6 +16,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 types: $(READY)
+	mkdir -p .venv/import && ln -sfn ../.. .venv/import/flash2  # the import name, where a type checker looks
 	$(BIN)/pyright
 
 # Generated pages and tables are what the results files say.

@@ -1,5 +1,6 @@
 """Compare attention backends: is each one correct, and how fast is it, on your shapes and your machine?
 
+Usage:
     python bench.py                                         a sensible default for the machine found
     python bench.py --backends naive,sdpa --seqlen 1k,4k    your own
     python bench.py list | explain | report | compare | doctor
@@ -20,7 +21,10 @@ if not __package__:  # run as a script: this checkout is the package, installed 
     import importlib.util
 
     _root = Path(__file__).resolve().parent
-    _spec = importlib.util.spec_from_file_location("flash2", _root / "__init__.py", submodule_search_locations=[str(_root)])
+    _spec = importlib.util.spec_from_file_location(
+        "flash2", _root / "__init__.py", submodule_search_locations=[str(_root)]
+    )
+    assert _spec is not None and _spec.loader is not None  # a .py file always has a loader
     sys.modules["flash2"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["flash2"])
 
@@ -102,7 +106,9 @@ def run(words: list[str]) -> int:
     """The sweep."""
     parser = problem_parser("bench.py", __doc__ or "")
     form = parser.add_argument_group("output")
-    form.add_argument("--format", choices=("table", "markdown", "csv", "json"), default="table", help="(default: table)")
+    form.add_argument(
+        "--format", choices=("table", "markdown", "csv", "json"), default="table", help="(default: table)"
+    )
     form.add_argument("--out", metavar="FILE.jsonl", help="append results here (default: the last run's own file)")
     form.add_argument("--resume", action="store_true", default=False, help="skip cells that the file already has")
     form.add_argument("--print-config", action="store_true", default=False, help="print the options in force and stop")
@@ -153,7 +159,9 @@ def report(words: list[str]) -> int:
     parser = Parser(prog="bench.py report", description="Tables from results files, and the pages under docs/results.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--format", choices=("table", "markdown", "csv", "json"), default="table")
-    parser.add_argument("--into", type=Path, action="append", default=[], metavar="DOC.md", help="fill its table markers")
+    parser.add_argument(
+        "--into", type=Path, action="append", default=[], metavar="DOC.md", help="fill its table markers"
+    )
     parser.add_argument("--write", action="store_true", help="write a page beside each file, and fill the documents")
     parser.add_argument("--check", action="store_true", help="exit 1 if --write would change anything")
     asked = parser.parse_args(words)
@@ -185,7 +193,9 @@ def compare(words: list[str]) -> int:
     parser = Parser(prog="bench.py compare", description="Is each cell of NEW faster or slower than in OLD?")
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--fail-on-regression", metavar="5%", help="exit 1 if a cell is slower by more, or no longer ok")
+    parser.add_argument(
+        "--fail-on-regression", metavar="5%", help="exit 1 if a cell is slower by more, or no longer ok"
+    )
     asked = parser.parse_args(words)
     from flash2.core.report import change_table, changes
     from flash2.core.results import read_results

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
+
 from flash2.core.contract import FEATURES, Backend, Capability, Spec, tf32_mismatch
 
 
@@ -17,11 +20,18 @@ class Naive(Backend):
         head_dims=range(1, 1 << 16),
     )
 
+    def capability_on(self, device):
+        """TF32 is of CUDA alone."""
+        if device.type == "cuda":
+            return self.capability
+        precisions = {**self.capability.precisions, "fp32": ("ieee",)}
+        return dataclasses.replace(self.capability, precisions=precisions)
+
     def why_not(self, problem, device):
         """The declared gaps, and fp32 maths that torch is not set to do."""
         reasons = super().why_not(problem, device)
-        if problem.dtype == "fp32" and problem.precision in ("ieee", "tf32"):
-            reasons += tf32_mismatch(problem.precision, device)
+        if device.type == "cuda" and problem.precision in ("ieee", "tf32"):
+            reasons += tf32_mismatch(problem.precision)
         return reasons
 
     def scratch_bytes(self, problem):

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from flash2.core import functional, timing
 from flash2.core.contract import Backend, nearest_supported, spec_of
 from flash2.core.environment import PeakMemory, device_state, diagnosis, environment, free_bytes
@@ -29,6 +30,7 @@ PROBE_INPUTS = ("needle", "half")  # judged before timing; what is timed, and ju
 # Kernels that do an attention's work. One that ran and is not the backend's own is a fallback.
 HEAVY = re.compile(r"gemm|gemv|matmul|::(b|add|baddb)?mm$|attention|flash|fmha|cutlass|cudnn", re.IGNORECASE)
 DEAD = 70  # exit code of a worker that can no longer be trusted
+HOST_MS = 20  # work to queue up while the launch cost is measured
 LATE_MS = 0.5  # how much longer than its timed stream a call may take on the wall clock, beside 50 %
 
 
@@ -150,7 +152,8 @@ class Operation:
             self.outputs.update(zip(("dq", "dk", "dv"), grads, strict=True))
 
     def _forward(self) -> None:
-        o, lse = functional.run(self.backend, *self.qkv, self.spec, needs_grad=self.problem.pass_ != "fwd")
+        q, k, v = self.qkv
+        o, lse = functional.run(self.backend, q, k, v, self.spec, needs_grad=self.problem.pass_ != "fwd")
         self.outputs = {"o": o} if lse is None else {"o": o, "lse": lse}
 
     def snapshot(self) -> dict[str, torch.Tensor]:
@@ -186,28 +189,24 @@ class Group:
                 return {"status": "unsupported", "reason": "; ".join(reasons)}
             need, free = backend.scratch_bytes(problem) + problem.bytes, free_bytes(self.device)
             if free is not None and need > free:
-                return {"status": "oom", "reason": f"needs about {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"}
-            build_ms, peak_bytes, error = None, None, None
+                return {
+                    "status": "oom",
+                    "reason": f"needs about {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
+                }
+            operation = Operation(backend, problem, self.probe(PROBE_INPUTS[0])[0])
+            build_ms, peak_bytes = self._first_calls(operation)
             for distribution in PROBE_INPUTS:
                 inputs, judge = self.probe(distribution)
-                operation = Operation(backend, problem, inputs)
-                begin = time.perf_counter()
-                outputs = self._honest_call(operation)
-                if build_ms is None:
-                    build_ms = (time.perf_counter() - begin) * 1e3
-                    memory = PeakMemory(self.device)
-                    outputs = self._honest_call(operation)
-                    peak_bytes = memory.bytes()
-                verdict = judge.check(outputs, precision)
-                error = verdict.error
+                verdict = judge.check(self._honest_call(Operation(backend, problem, inputs)), precision)
                 if not verdict.ok:
-                    return {"status": "wrong", "reason": f"{distribution} inputs: {verdict.reason}", "error": error}
+                    reason = f"{distribution} inputs: {verdict.reason}"
+                    return {"status": "wrong", "reason": reason, "error": verdict.error}
             kernels = kernel_names(operation, self.device)
             if reason := fallback(backend, kernels, self.device):
-                return {"status": "wrong", "reason": reason, "error": error, "kernels": kernels}
+                return {"status": "wrong", "reason": reason, "error": verdict.error, "kernels": kernels}
         timed = Operation(backend, problem, self.timed_inputs)
         return {
-            "status": "judged", "reason": "", "error": error, "kernels": kernels, "build_ms": build_ms,
+            "status": "judged", "reason": "", "error": verdict.error, "kernels": kernels, "build_ms": build_ms,
             "peak_bytes": peak_bytes, "operation": timed,
         }  # fmt: skip
 
@@ -216,20 +215,38 @@ class Group:
         """The tensors every timed call reads; their contents change each round, their addresses do not."""
         return make_inputs(self.problem, distribution="randn", seed=self.seed, device=self.device)
 
+    def _first_calls(self, operation: Operation) -> tuple[float, int | None]:
+        # Milliseconds of the very first call, with all it compiles, and the bytes that a later one takes.
+        before = {name: x.clone() for name, x in named(operation.inputs).items()}
+        operation.prepare()
+        begin = time.perf_counter()
+        operation()
+        self._synchronize()
+        build_ms = (time.perf_counter() - begin) * 1e3
+        operation.prepare()
+        memory = PeakMemory(self.device)
+        operation()
+        self._synchronize()
+        peak_bytes = memory.bytes()
+        for name, x in named(operation.inputs).items():
+            x.copy_(before[name])  # who writes into its inputs is convicted by _honest_call, on inputs not yet spoilt
+        return build_ms, peak_bytes
+
     def _honest_call(self, operation: Operation) -> dict[str, torch.Tensor]:
         # Inputs may not be written, outputs may not be what memory held before, nor arrive late.
-        inputs = operation.inputs
-        before = [x.clone() for x in (inputs.q, inputs.k, inputs.v, inputs.do)]
+        inputs = named(operation.inputs)
+        before = {name: x.clone() for name, x in inputs.items()}
         operation.prepare()
         self._poison(operation)
         operation()
         outputs = operation.snapshot()
         self._synchronize()
-        for name, old, new in zip(("q", "k", "v", "do"), before, (inputs.q, inputs.k, inputs.v, inputs.do), strict=True):
-            if not torch.equal(old, new):
+        for name, x in inputs.items():
+            if not torch.equal(x, before[name]):
                 raise CaughtCheating(f"the call wrote into its input {name}")
-        for name, x in operation.outputs.items():
-            outputs[name] = x if type(x) is not torch.Tensor or x.shape != outputs[name].shape else outputs[name]
+            for out, y in operation.outputs.items():
+                if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+                    raise CaughtCheating(f"its output {out} is memory of its input {name}")
         return outputs
 
     def _poison(self, operation: Operation) -> None:
@@ -257,8 +274,8 @@ class Group:
             if number > drawn:  # the same addresses, other contents: a result cached by pointer is stale
                 drawn = number
                 fresh = make_inputs(self.problem, distribution="randn", seed=self.seed + number, device=self.device)
-                for old, new in zip((inputs.q, inputs.k, inputs.v, inputs.do), (fresh.q, fresh.k, fresh.v, fresh.do), strict=True):
-                    old.data.copy_(new)
+                for tensor, x in named(inputs).items():
+                    x.data.copy_(named(fresh)[tensor])
             late.pop(name, None)
             _set_fp32_maths(operation.problem.precision)
             operation.prepare()
@@ -281,7 +298,7 @@ class Group:
             answer: dict[str, Any] = {"status": "ok", "reason": ""}
             if not verdict.ok:
                 answer = {"status": "wrong", "reason": f"outputs of the timed calls: {verdict.reason}"}
-            elif not all(torch.equal(getattr(inputs, x), getattr(reference, x)) for x in ("q", "k", "v", "do")):
+            elif not all(torch.equal(x, named(reference)[tensor]) for tensor, x in named(inputs).items()):
                 answer = {"status": "wrong", "reason": "a timed call wrote into its inputs"}
             else:
                 answer |= self._after_hours(operation, timer, statistics.median(samples[name].all()), graph)
@@ -294,16 +311,23 @@ class Group:
         # Work that the timed stream does not show still shows on the wall clock.
         with fp32_maths(operation.problem.precision):
             operation.prepare()
-            host_us = statistics.median(timer.host(operation) for _ in range(5))
+            host_us = timer.host(operation, max(1, min(50, round(HOST_MS / median_ms))))
             answer: dict[str, Any] = {"host_us": host_us}
             if isinstance(timer, timing.CudaTimer):
                 wall = min(timer.wall(operation) for _ in range(3))
                 if wall > 1.5 * median_ms + host_us / 1e3 + LATE_MS:
-                    reason = f"a call takes {wall:.2f} ms until the device is idle, {median_ms:.2f} ms on its own stream"
+                    reason = (
+                        f"a call takes {wall:.2f} ms until the device is idle, {median_ms:.2f} ms on its own stream"
+                    )
                     return {"status": "wrong", "reason": reason}
                 if graph and operation.problem.pass_ == "fwd":
                     answer["graph_ms"] = timing.graph_replay_ms(operation, timer)
         return answer
+
+
+def named(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """The tensors a call reads, by name."""
+    return {"q": inputs.q, "k": inputs.k, "v": inputs.v, "do": inputs.do}
 
 
 class CaughtCheating(Exception):
@@ -337,7 +361,7 @@ def kernel_names(operation: Operation, device: torch.device) -> list[str]:
         operation()
         if cuda:
             torch.cuda.synchronize(device)
-    names = (event.name for event in profile.events())
+    names = (event.name for event in profile.events() or ())
     return list(dict.fromkeys(name[:120] for name in names if not re.match(r"cuda[A-Z]|cu[A-Z]|\[|Activity", name)))
 
 
@@ -360,6 +384,8 @@ def _guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return work()
     except CaughtCheating as error:
         return {"status": "wrong", "reason": str(error)}
+    except ImportError as error:
+        return {"status": "unavailable", "reason": _first_line(error)}
     except NotImplementedError as error:
         return {"status": "unsupported", "reason": str(error) or "not implemented"}
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -79,6 +79,6 @@ def speedup(
 
 def verdict(low: float, high: float) -> str:
     """What an interval of time ratios says."""
-    if 1 - SAME_WITHIN <= low and high <= 1 + SAME_WITHIN:
+    if low >= 1 - SAME_WITHIN and high <= 1 + SAME_WITHIN:
         return "same"
     return "faster" if low > 1 else "slower" if high < 1 else "unclear"

@@ -5,9 +5,11 @@ docs/contract.md states what every backend promises; this module holds the types
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from flash2.core.problem import PRECISIONS, Problem, Window, check_window, visible_band
 
 TORCH_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -131,10 +133,8 @@ class Backend:
         raise NotImplementedError
 
 
-def tf32_mismatch(precision: str, device: torch.device) -> list[str]:
-    """Why torch's float32 matmuls would not be in class `precision` ("ieee" or "tf32") as torch is set now."""
-    if device.type != "cuda":
-        return [] if precision == "ieee" else ["precision tf32 (the CPU has no TF32)"]
+def tf32_mismatch(precision: str) -> list[str]:
+    """Why torch's float32 matmuls on CUDA are not in class `precision` ("ieee" or "tf32") as torch is set now."""
     # Also true after allow_tf32 = True or set_float32_matmul_precision("high"); asking allow_tf32 itself
     # raises once a program has mixed torch's older and newer settings.
     setting = torch.backends.cuda.matmul.fp32_precision
@@ -238,7 +238,7 @@ def check_inputs(
         seq_kv=k.shape[2],
         head_dim=q.shape[3],
         dtype=DTYPE_NAMES[q.dtype],
-        precision=precision,
+        precision=precision,  # pyright: ignore[reportArgumentType]  None is the default
         causal=bool(causal),
         window=window,
         softcap=float(softcap),
@@ -263,7 +263,7 @@ def spec_of(problem: Problem, alibi_slopes: torch.Tensor | None = None) -> Spec:
 def nearest_supported(backend: Backend, problem: Problem, device: torch.device) -> Problem | None:
     """The problem `backend` does support that changes fewest fields of `problem`, or None."""
     capability = backend.capability_on(device)
-    repairs: list[tuple[str, list[object]]] = [
+    repairs: list[tuple[str, Sequence[object]]] = [
         ("alibi", [False]),
         ("softcap", [0.0]),
         ("window", [None]),

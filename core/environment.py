@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "seed": seed,
         **{name: version for name in LIBRARIES if (version := _version(name))},
-        **_git_state(),
+        **_revision(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -47,11 +49,15 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
 def diagnosis() -> list[tuple[str, str, str]]:
     """(what, what was found, what to do about it or "") for everything a backend may need."""
     rows = [("python", f"{platform.python_version()} at {sys.executable}", "")]
-    rows.append(("torch", torch.__version__, "" if _at_least(torch.__version__, (2, 11)) else 'pip install "torch>=2.11"'))
+    rows.append(
+        ("torch", torch.__version__, "" if _at_least(torch.__version__, (2, 11)) else 'pip install "torch>=2.11"')
+    )
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            found = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+            found = (
+                f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+            )
             old = "" if properties.major >= 8 else "needs sm_80 (A100) or newer for the tensor-core kernels"
             rows.append((f"gpu {index}", found, old))
         rows.append(("driver", driver_version() or "NVML does not answer", ""))
@@ -60,13 +66,21 @@ def diagnosis() -> list[tuple[str, str, str]]:
         rows.append(("gpu", "none found by torch", "check the driver with nvidia-smi"))
     else:
         rows.append(("gpu", "none: this torch is a CPU build", "install a CUDA build of torch if there is a GPU"))
-    extras = {"triton": "triton", "cupy-cuda13x": "cupy", "numba": "numba", "matplotlib": "plots", "nvidia-ml-py": "plots"}
+    extras = {
+        "triton": "triton",
+        "cupy-cuda13x": "cupy",
+        "numba": "numba",
+        "matplotlib": "plots",
+        "nvidia-ml-py": "plots",
+    }
     for distribution, extra in extras.items():
         version = _version(distribution)
         remedy = "" if version else f'pip install "flash2-triton[{extra}]"'
         rows.append((distribution, version or "not installed", remedy))
     compiler = shutil.which(os.environ.get("CXX", "c++"))
-    rows.append(("c++ compiler", compiler or "not found", "" if compiler else "flex on the CPU needs one: install g++ or clang"))
+    rows.append(
+        ("c++ compiler", compiler or "not found", "" if compiler else "flex on the CPU needs one: install g++ or clang")
+    )
     return rows
 
 
@@ -87,7 +101,9 @@ def device_name(device: torch.device) -> str:
 
 def measured_ceilings(device: torch.device) -> dict[str, float]:
     """TFLOP/s of a square matmul by class, the best of a few calls."""
-    classes = {"ieee": "fp32"} if device.type == "cpu" else {"bf16": "bf16", "fp16": "fp16", "tf32": "fp32", "ieee": "fp32"}
+    classes = (
+        {"ieee": "fp32"} if device.type == "cpu" else {"bf16": "bf16", "fp16": "fp16", "tf32": "fp32", "ieee": "fp32"}
+    )
     size = 2048 if device.type == "cpu" else 8192
     timer, ceilings = timer_for(device), {}
     allowed = torch.backends.cuda.matmul.allow_tf32
@@ -104,31 +120,33 @@ def device_state(device: torch.device) -> dict[str, Any] | None:
     """SM clock (MHz), power (W) and temperature (C) now, where NVML answers."""
     if device.type != "cuda":
         return None
-    try:
-        import pynvml
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    def read(nvml: Any) -> dict[str, Any]:
+        handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
         return {
-            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "watt": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            "celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+            "sm_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            "watt": nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "celsius": nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
         }
-    except ImportError:
-        return None
-    except pynvml.NVMLError:  # a driver or container that hides it; the row does without
-        return None
+
+    return _nvml(read)
 
 
 def driver_version() -> str | None:
     """The NVIDIA driver's version, where NVML answers."""
-    try:
-        import pynvml
+    return _nvml(lambda nvml: nvml.nvmlSystemGetDriverVersion())
 
-        pynvml.nvmlInit()
-        return pynvml.nvmlSystemGetDriverVersion()
-    except ImportError:
+
+def _nvml(read: Callable[[Any], Any]) -> Any:
+    # The package is optional, and a driver or a container may hide what it reads: then None.
+    if importlib.util.find_spec("pynvml") is None:
         return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return read(pynvml)
     except pynvml.NVMLError:
         return None
 
@@ -184,8 +202,10 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _git_state() -> dict[str, Any]:
-    # Of the checkout this package runs from; an installed package has none.
+def _revision() -> dict[str, Any]:
+    # Of the checkout this package runs from; FLASH2_REVISION says it where the history is not there.
+    if stated := os.environ.get("FLASH2_REVISION"):
+        return {"git": stated, "dirty": stated.endswith("-dirty")}
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
+
 from flash2.core.contract import DTYPE_NAMES, Backend, Spec, check_inputs
 from flash2.core.problem import Problem, Window
 
@@ -46,7 +47,10 @@ def attention(
     refuse_unsupported(backend, problem, q.device, lse=return_lse)
     with torch.autocast(q.device.type, enabled=False):  # cast once, above: not again inside a backend's float32 maths
         o, lse = run(backend, q, k, v, spec, needs_grad=needs_grad)
-    return (o, lse) if return_lse else o
+    if not return_lse:
+        return o
+    assert lse is not None, f"{backend.name} declares lse and returned none"
+    return o, lse
 
 
 def default_precision(backend: Backend, q: torch.Tensor) -> str | None:
@@ -109,9 +113,22 @@ class _Attention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do, _dlse):
+    def backward(ctx, do, _dlse):  # pyright: ignore[reportIncompatibleMethodOverride]  torch's own signature is *args
         q, k, v, o, lse = ctx.saved_tensors
-        with _on_device(q.device):
+        with torch.no_grad(), _on_device(q.device):
             grads = ctx.backend.backward(do, q, k, v, o, lse, ctx.spec)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _NoSecondDerivative.apply(do, q, k, v, *grads)
         return *grads, None, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    # torch's once_differentiable lets the gradients pass for constants where do is one: a gradient penalty
+    # would silently lose its term. These depend on q, k and v, and raise when asked how.
+    @staticmethod
+    def forward(ctx, do, q, k, v, dq, dk, dv):
+        return dq.view_as(dq), dk.view_as(dk), dv.view_as(dv)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("attention has no second derivative: its backward cannot itself be differentiated")

@@ -8,6 +8,7 @@ emulates fp32 with k products has a k-th of the matmul peak it runs on.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 PRODUCTS = {"tf32x3": ("tf32", 3), "bf16x3": ("bf16", 3), "bf16x6": ("bf16", 6)}
@@ -45,7 +46,7 @@ def peak(device_name: str, precision: str, ceilings: dict[str, float]) -> Peak |
     return _of_class(ceilings, precision, "measured")
 
 
-def _of_class(tflops: dict[str, float], precision: str, source: str) -> Peak | None:
+def _of_class(tflops: Mapping[str, float], precision: str, source: str) -> Peak | None:
     base, products = PRODUCTS.get(precision, (precision, 1))
     return Peak(tflops[base] / products, source) if base in tflops else None
 

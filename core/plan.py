@@ -105,42 +105,79 @@ class Option:
     flag: bool = False
 
 
-# The presets' names are needed by the option that takes one.
+# fmt: off  a preset reads as one paragraph, not as a column of words
 PRESETS: dict[str, dict[str, str]] = {
     # The table this project grew out of.
     "seed": {"heads": "32", "head-dim": "64", "tokens": "16384", "seqlen": "512,1k,2k,4k,8k", "dtype": "fp32"},
     # The grid of the FlashAttention papers: 16k tokens, hidden size 2048.
     "fa": {
-        "hidden": "2048", "head-dim": "64,128,256", "tokens": "16384", "seqlen": "512,1k,2k,4k,8k,16k",
-        "dtype": "bf16", "causal": "both",
-    },  # fmt: skip
+        "hidden": "2048",
+        "head-dim": "64,128,256",
+        "tokens": "16384",
+        "seqlen": "512,1k,2k,4k,8k,16k",
+        "dtype": "bf16",
+        "causal": "both",
+    },
     "cpu": {"batch": "1", "heads": "8", "head-dim": "64", "seqlen": "512,1k,2k", "dtype": "fp32", "causal": "both"},
     "gpt2": {"batch": "8", "heads": "12", "head-dim": "64", "seqlen": "1k", "dtype": "bf16", "causal": "yes"},
     "llama3-8b": {
-        "heads": "32", "kv-heads": "8", "head-dim": "128", "tokens": "16384", "seqlen": "2k,4k,8k",
-        "dtype": "bf16", "causal": "yes",
+        "heads": "32",
+        "kv-heads": "8",
+        "head-dim": "128",
+        "tokens": "16384",
+        "seqlen": "2k,4k,8k",
+        "dtype": "bf16",
+        "causal": "yes",
     },
     "llama3-70b": {
-        "heads": "64", "kv-heads": "8", "head-dim": "128", "tokens": "16384", "seqlen": "2k,4k,8k",
-        "dtype": "bf16", "causal": "yes",
+        "heads": "64",
+        "kv-heads": "8",
+        "head-dim": "128",
+        "tokens": "16384",
+        "seqlen": "2k,4k,8k",
+        "dtype": "bf16",
+        "causal": "yes",
     },
     "qwen3-32b": {
-        "heads": "64", "kv-heads": "8", "head-dim": "128", "tokens": "16384", "seqlen": "4k,8k,16k",
-        "dtype": "bf16", "causal": "yes",
+        "heads": "64",
+        "kv-heads": "8",
+        "head-dim": "128",
+        "tokens": "16384",
+        "seqlen": "4k,8k,16k",
+        "dtype": "bf16",
+        "causal": "yes",
     },
     "mistral-7b": {
-        "heads": "32", "kv-heads": "8", "head-dim": "128", "tokens": "16384", "seqlen": "8k,16k",
-        "window": "4095:0", "dtype": "bf16", "causal": "yes",
+        "heads": "32",
+        "kv-heads": "8",
+        "head-dim": "128",
+        "tokens": "16384",
+        "seqlen": "8k,16k",
+        "window": "4095:0",
+        "dtype": "bf16",
+        "causal": "yes",
     },
     "gemma2-9b": {
-        "heads": "16", "kv-heads": "8", "head-dim": "256", "tokens": "16384", "seqlen": "4k,8k",
-        "softcap": "50", "dtype": "bf16", "causal": "yes",
+        "heads": "16",
+        "kv-heads": "8",
+        "head-dim": "256",
+        "tokens": "16384",
+        "seqlen": "4k,8k",
+        "softcap": "50",
+        "dtype": "bf16",
+        "causal": "yes",
     },
     "mpt-7b": {
-        "heads": "32", "head-dim": "128", "tokens": "16384", "seqlen": "2k,4k", "alibi": "yes",
-        "dtype": "bf16", "causal": "yes",
+        "heads": "32",
+        "head-dim": "128",
+        "tokens": "16384",
+        "seqlen": "2k,4k",
+        "alibi": "yes",
+        "dtype": "bf16",
+        "causal": "yes",
     },
-}  # fmt: skip
+}
+# fmt: on
 MACHINE_PRESET = {"cuda": "seed", "cpu": "cpu"}
 MACHINE_BACKENDS = {"cuda": "naive,sdpa,flex", "cpu": "naive,sdpa,numba"}
 
@@ -213,12 +250,16 @@ def to_toml(texts: dict[str, str]) -> str:
     return "".join(f'{name} = "{text}"\n' for name, text in texts.items())
 
 
+def with_defaults(texts: dict[str, str]) -> dict[str, str]:
+    """`texts`, and the default of every option that has one of its own."""
+    return {name: option.default for name, option in OPTIONS.items() if option.default is not None} | texts
+
+
 def effective(given: dict[str, str], config: dict[str, str], device_type: str) -> dict[str, str]:
     """Every option in force, as text: given > config > preset > the machine's default > the option's."""
     chosen = {**config, **given}
     preset = PRESETS[chosen.get("preset", MACHINE_PRESET[device_type])]
-    defaults = {name: option.default for name, option in OPTIONS.items() if option.default is not None}
-    merged = {**defaults, "backends": MACHINE_BACKENDS[device_type], **preset, **chosen}
+    merged = with_defaults({"backends": MACHINE_BACKENDS[device_type], **preset, **chosen})
     for own, others in (("batch", "tokens"), ("tokens", "batch"), ("heads", "hidden"), ("hidden", "heads")):
         if own in chosen and others not in chosen:  # the preset's other way to say the same gives way
             merged.pop(others, None)

@@ -35,12 +35,12 @@ class Problem:
 
     batch: int = 1
     heads_q: int = 1
-    heads_kv: int | None = None  # None: as many as heads_q
+    heads_kv: int = None  # pyright: ignore[reportAssignmentType]  None: as many as heads_q
     seq_q: int
-    seq_kv: int | None = None  # None: as long as seq_q
+    seq_kv: int = None  # pyright: ignore[reportAssignmentType]  None: as long as seq_q
     head_dim: int
     dtype: str = "fp32"
-    precision: str | None = None  # None: the dtype's first class (fp32: ieee)
+    precision: str = None  # pyright: ignore[reportAssignmentType]  None: the dtype's first class
     causal: bool = False
     window: Window | None = None
     softcap: float = 0.0

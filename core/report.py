@@ -286,6 +286,6 @@ def change_table(found: Sequence[Change]) -> str:
         ]
         for c in found
     ]  # fmt: skip
-    return tabulate(rows, ["backend", "problem", "class", "ms before", "ms now", "speed-up"], tablefmt=_TIGHT, disable_numparse=True)
-
-
+    return tabulate(
+        rows, ["backend", "problem", "class", "ms before", "ms now", "speed-up"], tablefmt=_TIGHT, disable_numparse=True
+    )

@@ -65,7 +65,7 @@ class Session:
             sweep.close()
 
     def _sweep(self) -> Sweep:
-        option = {name: o.default for name, o in plan.OPTIONS.items()} | self.config | self.given
+        option = plan.with_defaults(self.config | self.given)
         get = {n: plan.parse_option(n, option[n]) for n in ("device", "seed", "timeout", "seconds", "graph")}
         return Sweep(resolve=self.resolve, **get)
 
@@ -77,8 +77,8 @@ class Session:
         every = names or sorted(set(itertools.chain(*map(plan.words, plan.MACHINE_BACKENDS.values()))))
         device, found = sweep.hello(list(dict.fromkeys(every)))
         texts = plan.effective(self.given, self.config, device.partition(":")[0])
-        wanted = list(dict.fromkeys([*plan.words(texts["backends"]), *([chosen["baseline"]] if "baseline" in chosen else [])]))
-        return device, texts, {name: found[name] for name in wanted}
+        wanted = plan.words(texts["backends"]) + ([chosen["baseline"]] if "baseline" in chosen else [])
+        return device, texts, {name: found[name] for name in dict.fromkeys(wanted)}
 
     def _baseline(self, texts: dict[str, str], backends: dict[str, Any]) -> str:
         if "baseline" in texts:
@@ -100,14 +100,18 @@ class Session:
 
     def _print_plan(self, groups: list[tuple[Problem, Cells]], device: str) -> int:
         for problem, cells in groups:
-            print(f"{problem.shape_key()}  {problem.dtype}  {problem.pass_}:", ", ".join(f"{b} ({c})" for b, c in cells))
+            print(
+                f"{problem.shape_key()}  {problem.dtype}  {problem.pass_}:", ", ".join(f"{b} ({c})" for b, c in cells)
+            )
         print(f"{sum(len(cells) for _, cells in groups)} cells on {device}")
         return 0
 
     def _measure(
         self, sweep: Sweep, groups: list[tuple[Problem, Cells]], baseline: str, file: ResultFile, done: list[Result]
     ) -> int:
-        printer = Printer(self.format, _write, shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100)
+        printer = Printer(
+            self.format, _write, shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100
+        )
         print_id = sweep.fingerprint()
         finished = {r.key: r for r in done}
         total = sum(len(cells) for _, cells in groups)
@@ -151,13 +155,14 @@ def list_table(names: Sequence[str], resolve: str, device: str) -> str:
         entry = found[name]
         classes = " ".join(dict.fromkeys(itertools.chain(*entry["classes"].values())))
         rows.append([name, entry["version"], classes, entry["unavailable"] or "ready"])
-    return f"device: {where}\n" + tabulate(rows, ["backend", "version", "classes", "state"], maxcolwidths=[None, 24, 28, 50])
+    return f"device: {where}\n" + tabulate(
+        rows, ["backend", "version", "classes", "state"], maxcolwidths=[None, 24, 28, 50]
+    )
 
 
 def explanation(names: Sequence[str], given: dict[str, str], config: dict[str, str], resolve: str) -> str:
     """For each problem of the options: who can run it, and of the others every reason and the nearest problem they can."""
-    option = {name: o.default for name, o in plan.OPTIONS.items()} | config | given
-    sweep = Sweep(resolve=resolve, device=option["device"])
+    sweep = Sweep(resolve=resolve, device=plan.with_defaults(config | given)["device"])
     try:
         device, found = sweep.hello(list(names))
         texts = plan.effective(given, config, device.partition(":")[0])
@@ -200,7 +205,8 @@ def doctor_table(names: Sequence[str], resolve: str) -> str:
         _, found = sweep.hello(list(names))
     finally:
         sweep.close()
-    rows += [[f"backend {name}", "ready" if not e["unavailable"] else "unavailable", e["unavailable"] or ""] for name, e in found.items()]
+    rows += [
+        [f"backend {name}", "ready" if not e["unavailable"] else "unavailable", e["unavailable"] or ""]
+        for name, e in found.items()
+    ]
     return tabulate(rows, ["check", "found", "what to do"], maxcolwidths=[None, 40, 60])
-
-

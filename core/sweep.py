@@ -76,7 +76,8 @@ class Sweep:
                 kind, number = event.pop("event"), event.pop("cell")
                 if kind == "stage":
                     current, stage = number, event["stage"]
-                    self.on_stage(*cells[number], stage)
+                    backend, precision = cells[number]
+                    self.on_stage(backend, precision, stage)
                 elif kind == "judged" and event["status"] == "judged":
                     judged[number] = event
                 else:
@@ -87,12 +88,11 @@ class Sweep:
                 yield current, {**judged.get(current, {}), "status": gone.status, "reason": f"{gone} (stage: {stage})"}
 
     def _ask(self, request: dict[str, Any], deadline: float) -> Iterator[dict[str, Any]]:
-        if self._worker is None:
-            self._worker = Worker(HANDLER)
+        worker = self._worker = self._worker or Worker(HANDLER)
         if request["op"] != "doctor":
             request |= {"resolve": self.resolve}
         try:
-            yield from self._worker.events(request | {"device": self.device}, deadline)
+            yield from worker.events(request | {"device": self.device}, deadline)
         except WorkerGone:
             self._worker = None
             raise
@@ -101,7 +101,10 @@ class Sweep:
         self, problem: Problem, cells: list[tuple[str, str]], answers: list[dict[str, Any]], baseline: str
     ) -> list[Result]:
         medians = [[statistics.median(burst) for burst in answer.get("rounds", [])] for answer in answers]
-        ok = [self._too_fast(problem, cell, a) is None and a["status"] == "ok" for cell, a in zip(cells, answers, strict=True)]
+        ok = [
+            self._too_fast(problem, cell, a) is None and a["status"] == "ok"
+            for cell, a in zip(cells, answers, strict=True)
+        ]
         base_of = {  # speed-ups form only within one class
             precision: number for number, (name, precision) in enumerate(cells) if name == baseline and ok[number]
         }

@@ -71,14 +71,15 @@ class CudaTimer:
         torch.cuda.synchronize(self.device)
         return (_clock() - begin) * 1e3
 
-    def host(self, call: Callable[[], object]) -> float:
-        """Microseconds until the call returns to Python, from an idle device: the launch cost."""
+    def host(self, call: Callable[[], object], count: int) -> float:
+        """Microseconds of host time a call costs before it returns to Python: the mean of `count` in a row."""
         torch.cuda.synchronize(self.device)
         begin = _clock()
-        call()
+        for _ in range(count):
+            call()
         end = _clock()
         torch.cuda.synchronize(self.device)
-        return (end - begin) * 1e6
+        return (end - begin) * 1e6 / count
 
 
 class CpuTimer:
@@ -94,9 +95,9 @@ class CpuTimer:
         call()
         return (_clock() - begin) * 1e3
 
-    def host(self, call: Callable[[], object]) -> float:
-        """Microseconds of one call; on the CPU the launch is the work."""
-        return self.wall(call) * 1e3
+    def host(self, call: Callable[[], object], count: int) -> float:
+        """Microseconds of a call; on the CPU the launch is the work."""
+        return statistics.median(self.burst(call, count)) * 1e3
 
 
 def timer_for(device: torch.device) -> CudaTimer | CpuTimer:

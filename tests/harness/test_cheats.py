@@ -4,6 +4,7 @@ from pathlib import Path
 
 import cheats
 import pytest
+
 from flash2.core.problem import Problem
 from flash2.core.sweep import Sweep
 

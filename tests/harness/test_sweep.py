@@ -5,6 +5,7 @@ from pathlib import Path
 import cheats
 import faults
 import pytest
+
 from flash2.core.problem import Problem
 from flash2.core.sweep import Sweep
 

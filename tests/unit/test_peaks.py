@@ -1,6 +1,7 @@
 """Peaks belong to a class; no time may beat them."""
 
 import pytest
+
 from flash2.core.peaks import floor_ms, peak
 
 
@@ -17,6 +18,8 @@ def test_an_unknown_device_is_held_against_what_was_measured():
     assert floor_ms("Some CPU", "bf16", 10**12, 0, {"ieee": 0.2}) == 0
 
 
-@pytest.mark.parametrize(("flops", "moved", "ms"), [(989.4e12, 0, 1000), (0, 4800 * 10**9 + (64 << 20), 1000), (1e9, 1e6, 1e-3)])
+@pytest.mark.parametrize(
+    ("flops", "moved", "ms"), [(989.4e12, 0, 1000), (0, 4800 * 10**9 + (64 << 20), 1000), (1e9, 1e6, 1e-3)]
+)
 def test_the_floor_is_the_larger_of_work_and_traffic(flops, moved, ms):
     assert floor_ms("NVIDIA H200", "bf16", int(flops), int(moved), {}) == pytest.approx(ms, rel=0.02)

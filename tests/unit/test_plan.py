@@ -1,6 +1,7 @@
 """Options say the same on the command line, in a file and in a preset; what they cannot be is said in words."""
 
 import pytest
+
 from flash2.core import plan
 
 
@@ -16,7 +17,8 @@ def test_no_sizes(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("none", None), ("1024:0", (1024, 0)), ("1024:", (1024, None)), ("1024", (1024, None)), (":3", (None, 3))]
+    ("text", "value"),
+    [("none", None), ("1024:0", (1024, 0)), ("1024:", (1024, None)), ("1024", (1024, None)), (":3", (None, 3))],
 )
 def test_windows(text, value):
     assert plan.window(text) == value
@@ -48,7 +50,9 @@ def problems(**given):
 def test_the_default_on_a_gpu_is_the_seeds_table():
     found = problems()
     assert [p.seq_q for p in found] == [512, 1024, 2048, 4096, 8192]
-    assert all((p.batch * p.seq_q, p.heads_q, p.head_dim, p.dtype, p.causal) == (16384, 32, 64, "fp32", False) for p in found)
+    assert all(
+        (p.batch * p.seq_q, p.heads_q, p.head_dim, p.dtype, p.causal) == (16384, 32, 64, "fp32", False) for p in found
+    )
 
 
 def test_every_preset_gives_problems():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from flash2.core.compare import Quantiles, Speedup, quantiles, speedup
 from flash2.core.problem import Problem
 from flash2.core.results import Result, ResultFile, fingerprint, read_results
@@ -81,7 +82,12 @@ def test_an_unwritable_file_is_refused_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"status": "odd"}, {"status": "ok", "tflops": None}, {"status": "wrong", "tflops": 1.0}, {"status": "oom", "reason": ""}],
+    [
+        {"status": "odd"},
+        {"status": "ok", "tflops": None},
+        {"status": "wrong", "tflops": 1.0},
+        {"status": "oom", "reason": ""},
+    ],
 )
 def test_no_number_without_a_verdict(fields):
     with pytest.raises(ValueError):
@@ -95,7 +101,9 @@ def test_nan_is_not_json(tmp_path):
 
 def test_readings_do_not_change_the_fingerprint():
     one = {"device": "x", "time": "now", "ceilings": {"ieee": 1.0}}
-    assert fingerprint(one) == fingerprint(one | {"time": "later", "ceilings": {}}) != fingerprint(one | {"device": "y"})
+    assert (
+        fingerprint(one) == fingerprint(one | {"time": "later", "ceilings": {}}) != fingerprint(one | {"device": "y"})
+    )
 
 
 def test_quantiles_against_the_definition():
