@@ -13,10 +13,11 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from flash2.core.contract import DTYPE_NAMES, TORCH_DTYPES, Backend, Capability, tf32_mismatch
-from flash2.core.problem import Window
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
+
+from flash2.core.contract import DTYPE_NAMES, TORCH_DTYPES, Backend, Capability, tf32_mismatch
+from flash2.core.problem import Window
 
 ANY_HEAD_DIM = range(1, 1 << 16)
 # What SDPA can be told. It has no softcap; ALiBi would be a bias in q's dtype, rounded to bf16 or fp16.
@@ -70,8 +71,8 @@ class Sdpa(Backend):
         if device.type not in self.on or problem.precision not in capability.precisions.get(problem.dtype, ()):
             return reasons
         kernel = self._kernel(problem.dtype, problem.precision, device)
-        if problem.dtype == "fp32" and kernel == SDPBackend.MATH:
-            reasons += tf32_mismatch(problem.precision, device)
+        if device.type == "cuda" and problem.dtype == "fp32" and kernel == SDPBackend.MATH:
+            reasons += tf32_mismatch(problem.precision)
         if not all((problem.batch, problem.seq_q, problem.seq_kv)):
             return reasons  # nothing is launched for an empty tensor
         empty, form = plan(problem.band, problem.seq_q, problem.seq_kv)
@@ -86,8 +87,7 @@ class Sdpa(Backend):
         kernel = self._kernel(DTYPE_NAMES[q.dtype], spec.precision, q.device)
         empty, form = plan(spec.band, q.shape[2], k.shape[2])
         q = q[:, :, empty:]
-        fused = q.is_cuda and kernel != SDPBackend.MATH
-        if fused:
+        if kernel != SDPBackend.MATH:
             q, k, v = dense(q), dense(k), dense(v)
         mask = None
         if form == "lower-right" and _native(kernel, q.device, q.shape[1], k.shape[1]):
@@ -106,7 +106,7 @@ class Sdpa(Backend):
                 raise NotImplementedError(
                     f"backend {self.name!r}: torch will not run its kernel here: {error}"
                 ) from error
-        if fused and o.requires_grad:
+        if kernel != SDPBackend.MATH and o.requires_grad:
             o.register_hook(dense)  # a sum's gradient arrives with stride 0
         return (F.pad(o, (0, 0, empty, 0)) if empty else o), None
 
@@ -242,9 +242,10 @@ def boolean_mask(band: Window, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
-    """x where the fused kernels' 16-byte loads read it right, else a dense copy (differentiable)."""
+    """x where the fused kernels read it right, else a dense copy (differentiable). They need a last stride
+    of 1; those of CUDA load 16 bytes at a time and trip over stride 0 (pytorch#191937)."""
     lanes = 16 // x.element_size()
-    if x.shape[-1] % lanes:  # torch pads such heads into a copy of its own, or refuses them
+    if not x.is_cuda or x.shape[-1] % lanes:  # on CUDA torch pads such heads into a copy of its own, or refuses them
         return x if x.stride(-1) == 1 else x.contiguous()
     steps = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step and step % lanes == 0 for step in steps):

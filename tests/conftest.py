@@ -1,5 +1,7 @@
 """Options of the whole suite: which device the contract is tested on, and which backends."""
 
+import logging
+
 from hypothesis import HealthCheck, settings
 
 # A fixed choice of examples, so that a failure in CI is the failure at home; the first call of a kernel may compile.
@@ -25,4 +27,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # torch 2.13's compiler warns about itself when it is first imported.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+    logging.getLogger("torch.__trace").propagate = False  # thousands of empty lines under a failed test
     config.addinivalue_line("markers", "few_shapes: also run on backends that compile every shape for seconds")
