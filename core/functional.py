@@ -33,6 +33,9 @@ def attention(
     Raises TypeError or ValueError for arguments that make no sense, RuntimeError when the backend is
     unavailable, NotImplementedError, with every reason, when it does not support the problem.
     """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     if torch.is_autocast_enabled(q.device.type):
         low = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(low) if x.dtype == torch.float32 else x for x in (q, k, v))
