@@ -126,10 +126,11 @@ def _needle(problem: Problem, q, k, v, generator):
 
 
 def _shifted(problem: Problem, q, k, v, generator):
-    # The first column adds one constant to every logit.
+    # The middle column adds one constant to every logit; in the middle, so that neither order of summing is kinder.
     q, k = q.clone(), k.clone()
     constant = math.sqrt(200 / abs(_scale(problem) or 1.0))
-    q[..., 0], k[..., 0] = constant, -math.copysign(constant, _scale(problem))
+    middle = problem.head_dim // 2
+    q[..., middle], k[..., middle] = constant, -math.copysign(constant, _scale(problem))
     return q, k, v
 
 

@@ -60,7 +60,7 @@ ROUNDING = {
     "fp16": Rounding(2.0**-11, 2.0**-24),
     "bf16": Rounding(2.0**-8, 2.0**-24),
 }
-_LOW = Budget(a=2, b=1.25, c=1.5, eps=0, floor=0.25), Budget(a=6, b=3, c=4, eps=0, floor=0.25)
+_LOW = Budget(a=2, b=1.25, c=1.5, eps=0, floor=0.25), Budget(a=8, b=3, c=4, eps=0, floor=0.25)
 _WIDE = Budget(a=4, b=3, c=4, eps=0, floor=1), Budget(a=4, b=3, c=4, eps=0, floor=1)
 # class -> (forward, backward)
 BUDGETS = {name: _LOW if name in ("fp16", "bf16", "tf32") else _WIDE for name in ROUNDING}
@@ -70,7 +70,7 @@ BUDGETS = {name: _LOW if name in ("fp16", "bf16", "tf32") else _WIDE for name in
 class ErrorReport:
     """The error of one output tensor, over the judged heads.
 
-    max, rms: absolute. relative: rms over the reference's rms. worst_row: the largest rms of a row's error over the
+    max, rms: absolute. relative: rms over that of the row sizes. worst_row: the largest rms of a row's error over the
     row's size. used: the shares of the budgets of (T1, T2, T3) that were used up, above 1 being wrong; lse has T1
     only. emulated: (max, rms, worst_row) of the emulation, floors included. where: index of the worst element.
     """
@@ -239,7 +239,7 @@ class Judge:
         elif not wrong and used[1] > 1:
             wrong = f"breaks T2: rms error {e_rms:.3g}, {used[1]:.3g}x the {budget.b * rms:.3g} that {precision} "
             wrong += "arithmetic explains"
-        relative = e_rms / max(_rms(ref.masked_fill(~representable, 0)), math.ulp(0.0))
+        relative = e_rms / max(_rms(size), math.ulp(0.0))
         return ErrorReport(e_top, e_rms, relative, e_row, used, (top, rms, worst_row), where, wrong)
 
     def _report_lse(self, got, ref, precision: str, wrong: str) -> ErrorReport:
@@ -258,7 +258,7 @@ class Judge:
         if not wrong and share > 1:
             wrong = f"breaks T1 at {where}: off by {_value(error, over):.3g} where the reference is "
             wrong += f"{_value(ref, over):.3g}, {share:.3g}x the {_value(allowed, over):.3g} allowed"
-        relative = _rms(error) / max(_rms(torch.where(fine, ref, 0)), math.ulp(0.0))
+        relative = _rms(error) / max(_rms(size), math.ulp(0.0))
         figures = (_amax(error.abs()), _rms(error), relative, _amax(error.abs() / size))
         return ErrorReport(*figures, (share, 0.0, 0.0), (top, _rms(emulation), 0.0), where, wrong)
 
