@@ -111,7 +111,7 @@ def measured_ceilings(device: torch.device) -> dict[str, float]:
         a, b = (torch.randn(size, size, device=device).to(TORCH_DTYPES[dtype]) for _ in range(2))
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         timer.burst(lambda a=a, b=b: a @ b, 2)
-        ceilings[precision] = 2 * size**3 / min(timer.burst(lambda a=a, b=b: a @ b, 4)) / 1e9
+        ceilings[precision] = 2 * size**3 / min(timer.burst(lambda a=a, b=b: a @ b, 8)) / 1e9
     torch.backends.cuda.matmul.allow_tf32 = allowed
     return ceilings
 

@@ -25,6 +25,7 @@ _elapsed = torch.cuda.Event.elapsed_time
 FLUSH_TIMES_L2 = 5  # 256 MB on an H200 (50 MB of L2), what triton.testing.do_bench overwrites too
 BURST_MS = 4.0  # samples of one call in a row, before the next call has its turn
 ROUNDS = (7, 60)  # least for an interval, most that is ever useful
+PATIENCE = 3  # caps; a call so slow that 7 rounds take longer is left at fewer, but not below 3
 SPREAD = 0.005  # stop once the median of every call is known this well
 REST = 1.0  # idle time after a burst, in bursts: under the power cap clocks follow the load before
 
@@ -115,15 +116,14 @@ def time_interleaved(
 ) -> dict[str, Samples]:
     """Time `calls` in turn, A B C A B C, until every median is known to 0.5 % or the time is up.
 
-    seconds: the cap, spread over all calls; the least number of rounds is always measured.
+    seconds: the cap, spread over all calls; the least number of rounds is measured up to PATIENCE times that.
     before_burst(name, round) runs untimed before each burst (fresh inputs, poisoned memory),
     after_burst(name) right after it, before anything else may run (to catch late outputs).
     """
     bursts = {}
     for name, call in calls.items():  # warm-up, and the size of a burst
         before_burst(name, 0)
-        timer.burst(call, 2)
-        bursts[name] = max(1, min(50, round(BURST_MS / max(min(timer.burst(call, 2)), 1e-3))))
+        bursts[name] = max(1, min(50, round(BURST_MS / max(min(timer.burst(call, 3)), 1e-3))))
     samples = {name: Samples() for name in calls}
     end = _clock() + seconds
     with _no_gc():
@@ -135,7 +135,10 @@ def time_interleaved(
                 after_burst(name)
                 if isinstance(timer, CudaTimer):
                     _sleep(min(REST * (_clock() - begin), 0.1))
-            if number >= ROUNDS[0] and (_clock() > end or all(settled(s) for s in samples.values())):
+            now = _clock()
+            if number >= ROUNDS[0] and (now > end or all(settled(s) for s in samples.values())):
+                break
+            if number >= 3 and now > end + (PATIENCE - 1) * seconds:
                 break
     return samples
 
