@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -176,7 +175,7 @@ def report(words: list[str]) -> int:
                 if not asked.check:
                     path.write_text(text)
             return 1 if asked.check and stale else 0
-        printer = Printer(asked.format, sys.stdout.write, terminal_width())
+        printer = Printer(asked.format)
         for path in asked.files:
             for group in groups(read_results(path)):
                 printer.group(group)
@@ -221,11 +220,6 @@ def doctor(words: list[str]) -> int:
 
     print(doctor_table(list_backends(), RESOLVE))
     return 0
-
-
-def terminal_width() -> int:
-    """Columns to fill: the terminal's, and 100 where the output is no terminal."""
-    return shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import re
+import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -139,10 +141,18 @@ def csv_rows(results: Iterable[Result], *, head: bool) -> str:
 
 
 class Printer:
-    """Writes groups of results as they are measured, in one of FORMATS."""
+    """Writes groups of results to stdout as they are measured, in one of FORMATS."""
 
-    def __init__(self, form: str, write: Callable[[str], object], width: int) -> None:
-        self.form, self.write, self.width, self.count = form, write, width, 0
+    def __init__(self, form: str) -> None:
+        self.form, self.count = form, 0
+        # 100 columns where nobody says how wide a line may be
+        self.width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100
+
+    @staticmethod
+    def write(text: str) -> None:
+        """To stdout, now."""
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
     def group(self, results: Sequence[Result]) -> None:
         """One problem's rows."""

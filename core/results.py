@@ -104,7 +104,7 @@ class ResultFile:
         """Open for appending. Raises OSError when it cannot be written, before anything is measured."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab")  # noqa: SIM115  lives as long as the sweep; close() ends it
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  lives as long as the sweep; close() ends it
         if self._file.tell() and _last_byte(self.path) != b"\n":
             self._write(b"\n")  # a torn last line costs only itself
 
@@ -117,9 +117,12 @@ class ResultFile:
         self._file.close()
 
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(data)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
 
 def read_results(path: str | os.PathLike[str]) -> list[Result]:

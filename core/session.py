@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,10 +108,7 @@ class Session:
     def _measure(
         self, sweep: Sweep, groups: list[tuple[Problem, Cells]], baseline: str, file: ResultFile, done: list[Result]
     ) -> int:
-        printer = Printer(
-            self.format, _write, shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100
-        )
-        print_id = sweep.fingerprint()
+        printer, setting = Printer(self.format), sweep.fingerprint()
         finished = {r.key: r for r in done}
         total = sum(len(cells) for _, cells in groups)
         bar = tqdm(total=total, unit="cell", file=sys.stderr, disable=None, dynamic_ncols=True, leave=False)
@@ -120,15 +116,18 @@ class Session:
         try:
             for problem, cells in groups:
                 bar.set_description_str(problem.shape_key())
-                keys = {cell: (cell[0], problem.replace(precision=cell[1]).key(), print_id) for cell in cells}
+                keys = {cell: (cell[0], problem.replace(precision=cell[1]).key(), setting) for cell in cells}
                 missing = [cell for cell in cells if keys[cell] not in finished]
                 classes = {precision for _, precision in missing}
                 again = [cell for cell in cells if cell in missing or (cell[0] == baseline and cell[1] in classes)]
-                for result in sweep.run_group(problem, again, baseline) if missing else []:
-                    file.append(result)
-                    finished[result.key] = result
-                with bar.external_write_mode(file=sys.stdout):
-                    printer.group([finished[keys[cell]] for cell in cells])
+                fresh = sweep.run_group(problem, again, baseline) if missing else []
+                finished |= {result.key: result for result in fresh}
+                try:
+                    for result in fresh:
+                        file.append(result)
+                finally:  # a full disk keeps nobody from seeing what was measured
+                    with bar.external_write_mode(file=sys.stdout):
+                        printer.group([finished[keys[cell]] for cell in cells])
                 bar.update(len(cells))
         finally:
             bar.close()
@@ -136,11 +135,6 @@ class Session:
             file.close()
         sys.stderr.write(f"results: {file.path}\n")
         return 0
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def list_table(names: Sequence[str], resolve: str, device: str) -> str:

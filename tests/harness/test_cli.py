@@ -102,6 +102,13 @@ def test_an_unwritable_or_corrupt_file_is_refused_before_anything_runs(bench, tm
     assert unwritable.returncode == 2 and "file" in unwritable.stderr and not unwritable.stdout
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_ends_the_run_and_still_shows_what_was_measured(bench):
+    done = bench(*TINY, "--seqlen", "64,128", "--out", "/dev/full")
+    assert done.returncode == 2 and "/dev/full: No space left" in done.stderr
+    assert "naive" in done.stdout and "n128" not in done.stdout
+
+
 def test_run_resume_report_compare(bench, tmp_path):
     first = bench(*TINY, "--seqlen", "64,128", "--out", "r.jsonl")
     assert first.returncode == 0, first.stderr
@@ -120,7 +127,7 @@ def test_run_resume_report_compare(bench, tmp_path):
 
     same = bench("compare", "r.jsonl", "r.jsonl", "--fail-on-regression", "5%")
     assert same.returncode == 0 and same.stdout.count("1.00x") == 6
-    slower = [r | {"rounds": [2 * ms for ms in r["rounds"]]} for r in records(tmp_path / "r.jsonl")]
+    slower = [r | {"rounds": [20 * ms for ms in r["rounds"]]} for r in records(tmp_path / "r.jsonl")]
     (tmp_path / "slow.jsonl").write_text("".join(json.dumps(r) + "\n" for r in slower))
     worse = bench("compare", "r.jsonl", "slow.jsonl", "--fail-on-regression", "5%")
     assert worse.returncode == 1 and "6 of 6 cells regressed" in worse.stdout
