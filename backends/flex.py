@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
 from flash2.core.contract import Backend, Capability
 from flash2.core.problem import Window
-from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 HALF = {"fp16": ("fp16",), "bf16": ("bf16",)}
 FEATURES = frozenset({"causal", "gqa", "cross", "window", "softcap", "alibi", "scale", "empty-rows"})

@@ -158,7 +158,10 @@ LOADED = "; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     [
         ("import sys, flash2; flash2.list_backends()", {"torch", "numpy", "tabulate", *OPTIONAL}),
         ("import sys, flash2.core.report, flash2.core.results, flash2.core.problem", {"torch", *OPTIONAL}),
-        ("import sys, flash2; flash2.get_backend('naive')", set(OPTIONAL) - {"triton", "pynvml"}),  # torch looks for these itself
+        (
+            "import sys, flash2; flash2.get_backend('naive')",
+            set(OPTIONAL) - {"triton", "pynvml"},
+        ),  # torch looks for these itself
     ],
 )
 def test_an_import_loads_nothing_it_does_not_need(code, absent):
