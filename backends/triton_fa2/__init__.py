@@ -6,6 +6,7 @@ import importlib.util
 import os
 
 import torch
+
 from flash2.core.contract import Backend, Capability
 
 # Set before Triton is imported, this runs the kernels on the CPU, for tests: slow, and exact in their semantics.

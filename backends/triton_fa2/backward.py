@@ -7,6 +7,7 @@ and every sum has one fixed order: the gradients are bitwise reproducible.
 
 import triton
 import triton.language as tl
+
 from flash2.backends.triton_fa2.tiles import (
     ALL,
     EDGES,

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from flash2.backends.triton_fa2.tiles import (
     ALL,
     EDGES,
@@ -55,10 +56,12 @@ def attention_forward(
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     EDGE: tl.constexpr = LEFT or RIGHT or TAIL
-    if ONE_LOOP or not EDGE:
+    # Warps are not specialised in a loop that branches, so there every tile is masked.
+    MASK: tl.constexpr = (ALL if WS else EDGES) if EDGE else NONE
+    if ONE_LOOP or WS or not EDGE:
         acc, l_i, m_i = attend(
             acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, lo, hi, full_lo, full_hi, i, seq_kv,
-            head_dim, stride_kn, stride_vn, left, right, scale, cap, slope, EDGES if EDGE else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD,
+            head_dim, stride_kn, stride_vn, left, right, scale, cap, slope, MASK, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD,
             NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, WS, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
     else:
         if LEFT:

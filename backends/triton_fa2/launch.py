@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from flash2.backends.triton_fa2 import backward, configs, forward
 from flash2.backends.triton_fa2.configs import Key, TileConfig
 from flash2.backends.triton_fa2.tiles import INTERPRET
 from flash2.core.contract import Spec
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = math.log2(math.e)
 SMALLEST_NORMAL = 2.0**-126

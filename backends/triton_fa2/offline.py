@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 import triton
-from flash2.backends.triton_fa2 import launch
-from flash2.core.contract import TORCH_DTYPES, spec_of
-from flash2.core.problem import Problem
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
+
+from flash2.backends.triton_fa2 import launch
+from flash2.core.contract import TORCH_DTYPES, spec_of
+from flash2.core.problem import Problem
 
 # Bytes of shared memory one block may use (CUDA C programming guide, table of compute capabilities).
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -54,8 +55,9 @@ def planned(problem: Problem, pins: launch.Pins) -> dict[str, tuple[launch.Launc
     return plans
 
 
-def build(planned_launch: launch.Launch, tensors: tuple, arch: int) -> Build:
-    """Compile one launch for compute capability `arch` (90 for 9.0), as Triton's own dispatch would.
+def build(planned_launch: launch.Launch, tensors: tuple, arch: int, *, sass: bool = True) -> Build:
+    """Compile one launch for compute capability `arch` (90 for 9.0), as Triton's own dispatch would, so that a
+    later launch finds it in Triton's cache. Without `sass`, the instructions are not read.
 
     Raises what the compiler raises, for instance when a tile asks for more than it can do.
     """
@@ -68,19 +70,19 @@ def build(planned_launch: launch.Launch, tensors: tuple, arch: int) -> Build:
     )
     options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
     compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target, options.__dict__)
-    return read(compiled.asm["cubin"], compiled.metadata.shared)
+    return read(compiled.asm["cubin"], compiled.metadata.shared, sass)
 
 
-def read(cubin: bytes, shared: int) -> Build:
+def read(cubin: bytes, shared: int, sass: bool = True) -> Build:
     """Registers, spills and instructions of a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
         usage = _cuobjdump("-res-usage", file)
-        sass = _cuobjdump("-sass", file)
+        listing = _cuobjdump("-sass", file) if sass else ""
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     instructions = Counter(
-        re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9.]*)", sass, re.MULTILINE)
+        re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9.]*)", listing, re.MULTILINE)
     )
     bases: Counter[str] = Counter()
     for name, count in instructions.items():

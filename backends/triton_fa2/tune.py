@@ -1,0 +1,364 @@
+"""Find the fastest correct configuration of each kernel: `python -m flash2.backends.triton_fa2.tune --help`.
+
+Candidates are compiled in parallel, dropped when they spill or do not fit, judged against float64, and timed
+interleaved with a cold L2 cache. The command sweeps a grid for the frozen table; tune_problem() tunes one problem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+
+from flash2.backends.triton_fa2 import launch, offline
+from flash2.backends.triton_fa2.configs import KERNELS, TileConfig
+from flash2.core.contract import TORCH_DTYPES, spec_of
+from flash2.core.problem import Problem
+
+# Relative rms error above which a configuration is broken, by class of maths: several times what rounding explains.
+BROKEN = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 4e-3, "bf16x3": 1e-4, "bf16x6": 1e-5, "tf32x3": 1e-5, "ieee": 1e-5}
+MATMULS = {"fwd": 2, "dkdv": 4, "dq": 3}
+
+
+def candidates(kernel: str, problem: Problem, arch: int) -> list[TileConfig]:
+    """Every configuration worth compiling. What spills or does not fit is found by the compiler."""
+    block_d = max(16, triton.next_power_of_2(problem.head_dim))
+    element = 4 if problem.dtype == "fp32" else 2
+    masked = problem.band != (None, None)
+    hopper = arch >= 90 and arch != 120
+    sizes = (32, 64, 128) if element == 4 or block_d > 128 else (64, 128)
+    found = []
+    for m, n, warps, stages, tma, one_loop in itertools.product(
+        (*sizes, 256) if kernel == "fwd" and block_d <= 64 and element == 2 else sizes,
+        sizes,
+        (4, 8),
+        (1, 2, 3, 4),
+        (True, False) if hopper else (False,),
+        (False, True) if masked else (False,),
+    ):
+        rows = n if kernel == "dkdv" else m  # the side that a program owns; the other one it loops over
+        step = m if kernel == "dkdv" else n
+        accumulators = {"fwd": 1, "dkdv": 2, "dq": 1}[kernel] * rows * block_d
+        tiles = {"fwd": 1, "dkdv": 2, "dq": 2}[kernel] * rows * step
+        registers = (accumulators + tiles) / (32 * warps)  # a thread, for the float32 tiles alone
+        resident = {"fwd": 1, "dkdv": 2, "dq": 2}[kernel] * rows * block_d * element
+        streamed = 2 * stages * step * block_d * element
+        if not 12 <= registers <= 260 or resident + streamed > offline.SHARED_LIMIT[arch] or rows < 32 * warps // 4:
+            continue
+        if problem.precision == "ieee" and (tma or m * n > 512 * warps):  # bound by the fma units, not by loads
+            continue
+        if element == 4 and registers > 160:  # operands and their split parts want registers too
+            continue
+        if stages not in ((1, 2) if problem.precision == "ieee" else (2, 3, 4) if tma and element == 2 else (2, 3)):
+            continue
+        found.append(TileConfig(block_m=m, block_n=n, num_warps=warps, num_stages=stages, tma=tma, one_loop=one_loop))
+        if kernel == "fwd" and element == 2 and tma and m == 128 and warps == 4 and hopper and one_loop == masked:
+            found.append(found[-1].replace(ws=True, one_loop=True))
+    return found
+
+
+class Data:
+    """Random tensors of one problem and everything its kernels write."""
+
+    def __init__(self, problem: Problem, device: torch.device) -> None:
+        self.problem = problem
+        dtype = TORCH_DTYPES[problem.dtype]
+        random = torch.Generator(device=device).manual_seed(0)
+        shapes = {"q": (problem.heads_q, problem.seq_q), "k": (problem.heads_kv, problem.seq_kv)}
+        shapes |= {"v": shapes["k"], "do": shapes["q"]}
+        for name, (heads, seq) in shapes.items():
+            x = torch.randn(problem.batch, heads, seq, problem.head_dim, generator=random, device=device)
+            setattr(self, name, x.to(dtype))
+        slopes = 0.5 ** torch.arange(1, problem.heads_q + 1, device=device).float() if problem.alibi else None
+        self.spec = spec_of(problem, slopes)
+        self.o, self.dq = torch.empty_like(self.q), torch.empty_like(self.q)
+        self.dk, self.dv = torch.empty_like(self.k), torch.empty_like(self.v)
+        self.lse = torch.empty(self.q.shape[:3], device=device)
+
+    def stage(self, kernel: str, config: TileConfig, others: launch.Pins) -> Callable[[], None]:
+        """A call of `kernel` alone under `config`. The backward kernels need o and lse to be there."""
+        pins = {**others, kernel: config}
+        if kernel == "fwd":
+            plan = launch.plan_forward(self.q, self.k, self.v, self.o, self.spec, pins)
+            return lambda: plan(self.q, self.k, self.v, self.o, self.lse, self.spec.alibi_slopes)
+        padded, rows, kv, qs = launch.plan_backward(
+            self.do, self.q, self.k, self.v, self.o, self.dq, self.dk, self.dv, self.spec, pins
+        )
+        lse2, delta = torch.empty((2, self.q.shape[0] * self.q.shape[1], padded), device=self.q.device)
+        rows(self.o, self.do, self.lse, lse2, delta)
+        shared = (self.q, self.k, self.v, self.do, lse2, delta)
+        if kernel == "dkdv":
+            return lambda: kv(*shared, self.dk, self.dv, self.spec.alibi_slopes)
+        return lambda: qs(*shared, self.dq, self.spec.alibi_slopes)
+
+    def outputs(self, kernel: str) -> tuple[torch.Tensor, ...]:
+        """What `kernel` writes (o; dk and dv; dq)."""
+        return {"fwd": (self.o,), "dkdv": (self.dk, self.dv), "dq": (self.dq,)}[kernel]
+
+
+def exact(data: Data) -> dict[str, tuple[torch.Tensor, ...]]:
+    """float64 outputs by kernel name; also puts the true o and lse into `data`."""
+    problem, spec = data.problem, data.spec
+    q, k, v = (x.double().requires_grad_() for x in (data.q, data.k, data.v))
+    group = problem.heads_q // problem.heads_kv
+    s = q @ k.repeat_interleave(group, 1).mT * spec.scale
+    if spec.softcap:
+        s = spec.softcap * torch.tanh(s / spec.softcap)
+    i = torch.arange(problem.seq_q, device=q.device)[:, None] + problem.seq_kv - problem.seq_q
+    far = torch.arange(problem.seq_kv, device=q.device)[None, :] - i
+    if spec.alibi_slopes is not None:
+        s = s - spec.alibi_slopes.double()[:, None, None] * far.abs()
+    left, right = spec.band
+    hidden = (far > right) if right is not None else torch.zeros_like(far, dtype=torch.bool)
+    if left is not None:
+        hidden = hidden | (far < -left)
+    s = s.masked_fill(hidden, -torch.inf)
+    o = torch.softmax(s, -1).nan_to_num() @ v.repeat_interleave(group, 1)  # a row of -inf alone is 0
+    dq, dk, dv = torch.autograd.grad(o, (q, k, v), data.do.double())
+    data.o.copy_(o.detach())
+    data.lse.copy_(s.detach().logsumexp(-1))
+    return {"fwd": (o.detach(),), "dkdv": (dk, dv), "dq": (dq,)}
+
+
+def error(got: Iterable[torch.Tensor], want: Iterable[torch.Tensor]) -> float:
+    """Worst relative rms error of the outputs; nan where one holds a nan."""
+    errors = [((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True)]
+    return sum(errors) if any(e != e for e in errors) else max(errors)
+
+
+def race(calls: list[Callable[[], None]], rounds: int, flush: torch.Tensor) -> list[float]:
+    """Median milliseconds of each call on the device, taken in turns, each with a cold L2."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    for _ in range(rounds):
+        events = []
+        for call in calls:
+            flush.zero_()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call()
+            end.record()
+            events.append((begin, end))
+        torch.cuda.synchronize()
+        for series, (begin, end) in zip(times, events, strict=True):
+            series.append(begin.elapsed_time(end))
+    return [statistics.median(series) for series in times]
+
+
+Job = tuple[str, Problem, TileConfig]
+
+
+def compile_job(job: Job, arch: int) -> tuple[Job, offline.Build | str]:
+    """Build one kernel into Triton's on-disk cache, where a later launch finds it; the reason if it does not build."""
+    kernel, problem, config = job
+    pins = {name: config if name == kernel else STARTERS[name] for name in KERNELS}
+    problem = problem.replace(pass_="fwd" if kernel == "fwd" else "bwd")
+    planned, tensors = offline.planned(problem, pins)[kernel]
+    try:
+        return job, offline.build(planned, tensors, arch, sass=False)
+    except Exception as error:  # whatever a compiler of this size raises or asserts, the candidate is out
+        return job, f"{type(error).__name__}: {str(error)[:200]}"
+
+
+STARTERS = {name: TileConfig(block_m=64, block_n=32, num_stages=1) for name in KERNELS}
+
+
+def compile_all(jobs: list[Job], arch: int, workers: int) -> dict[Job, offline.Build | str]:
+    """compile_job for each, in `workers` processes."""
+    if workers <= 1:
+        return dict(compile_job(job, arch) for job in jobs)
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        return dict(pool.map(compile_job, jobs, itertools.repeat(arch), chunksize=4))
+
+
+def usable(build: offline.Build | str, arch: int) -> bool:
+    """No spills, and the shared memory is there."""
+    return not isinstance(build, str) and build.spills == 0 and build.shared <= offline.SHARED_LIMIT[arch]
+
+
+def tune_kernel(
+    kernel: str, problems: list[Problem], configs: list[TileConfig], device: torch.device, keep: int, rounds: int
+) -> list[dict]:
+    """Judge `configs` on a small relative of the problems, time all on the first one, the `keep` best on each.
+
+    Returns one record a configuration: error, milliseconds per problem (in order) or why it is out.
+    """
+    first = problems[0]
+    small = Data(first.replace(batch=1, heads_q=first.heads_q // first.heads_kv * 2, heads_kv=2,
+                               seq_q=1024, seq_kv=1024), device)  # fmt: skip
+    want = exact(small)[kernel]
+    records, alive = [], []
+    for config in configs:
+        record: dict = {"kernel": kernel, "config": config, "ms": {}}
+        records.append(record)
+        try:
+            call = small.stage(kernel, config, STARTERS)
+            for out in small.outputs(kernel):
+                out.fill_(torch.nan)
+            call()
+            torch.cuda.synchronize()
+        except (RuntimeError, triton.runtime.errors.TritonError) as problem_of_config:
+            record["reason"] = f"{type(problem_of_config).__name__}: {str(problem_of_config)[:200]}"
+            if "CUDA" in record["reason"] and "illegal" in record["reason"]:
+                raise  # the context is gone; nothing after this would mean anything
+            continue
+        record["error"] = error(small.outputs(kernel), want)
+        if record["error"] <= BROKEN[first.precision]:  # false for nan
+            alive.append(record)
+        else:
+            record["reason"] = "wrong"
+        if kernel == "fwd":
+            exact(small)  # o back to the truth
+    del small
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    for turn, problem in enumerate(problems):
+        data = Data(problem, device)
+        data.stage("fwd", STARTERS["fwd"], STARTERS)()  # o and lse for the backward kernels
+        calls = [data.stage(kernel, record["config"], STARTERS) for record in alive]
+        times = race(calls, rounds if turn else max(3, rounds // 4), flush)
+        for record, ms in zip(alive, times, strict=True):
+            record["ms"][problem.seq_q] = ms
+        if turn == 0:
+            alive = sorted(alive, key=lambda record: record["ms"][problem.seq_q])[:keep]
+            calls = [data.stage(kernel, record["config"], STARTERS) for record in alive]
+            for record, ms in zip(alive, race(calls, rounds, flush), strict=True):
+                record["ms"][problem.seq_q] = ms
+        del data, calls
+    for record in records:
+        record["final"] = any(record is other for other in alive)
+    return records
+
+
+def rivals(problem: Problem, device: torch.device, rounds: int) -> dict[str, tuple[float, float]]:
+    """name -> (forward, backward) milliseconds of torch's pinned SDPA kernels, for scale."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    data = Data(problem, device)
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    q, k, v = (x.detach().requires_grad_() for x in (data.q, data.k, data.v))
+    pinned = {"sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION}
+    if problem.dtype == "fp32":
+        pinned = {"sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION}
+    times = {}
+    for name, which in pinned.items():
+        with sdpa_kernel(which):
+            attend = torch.nn.functional.scaled_dot_product_attention
+            with torch.no_grad():
+                (forward,) = race([lambda: attend(q, k, v, is_causal=problem.causal)], rounds, flush)  # noqa: B023
+            o = attend(q, k, v, is_causal=problem.causal)
+            (backward,) = race([lambda: torch.autograd.grad(o, (q, k, v), data.do, retain_graph=True)], rounds, flush)  # noqa: B023
+        times[name] = (forward, backward)
+    return times
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m flash2.backends.triton_fa2.tune", description=__doc__)
+    words = lambda text: text.split(",")  # noqa: E731
+    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--kernel", type=words, default=list(KERNELS), help="of fwd,dkdv,dq (default: all)")
+    parser.add_argument("--precision", type=words, default=["bf16"], help="classes of maths, e.g. bf16,tf32,bf16x6")
+    parser.add_argument("--head-dim", type=numbers, default=[64, 128, 256])
+    parser.add_argument("--mask", type=words, default=["full", "causal"])
+    parser.add_argument("--seqlen", type=numbers, default=[2048, 8192], help="the first one sieves the candidates")
+    parser.add_argument("--tokens", type=int, default=16384, help="batch * seqlen")
+    parser.add_argument("--width", type=int, default=2048, help="heads * head_dim")
+    parser.add_argument("--keep", type=int, default=6, help="candidates timed at every length")
+    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    parser.add_argument("--budget", type=float, default=460, help="seconds after which no new cell is begun")
+    parser.add_argument("--out", type=Path, default=Path("tune.jsonl"))
+    return parser.parse_args(arguments)
+
+
+def cells(options: argparse.Namespace) -> list[tuple[str, list[Problem]]]:
+    """(kernel, problems by length) in the order they are measured."""
+    dtypes = {"bf16": "bf16", "fp16": "fp16"}
+    grid = []
+    for precision, d, mask in itertools.product(options.precision, options.head_dim, options.mask):
+        problems = [
+            Problem(batch=max(1, options.tokens // n), heads_q=max(1, options.width // d), seq_q=n, head_dim=d,
+                    dtype=dtypes.get(precision, "fp32"), precision=precision, causal=mask == "causal", pass_="fwd+bwd")
+            for n in options.seqlen
+        ]  # fmt: skip
+        grid += [(kernel, problems) for kernel in options.kernel]
+    return grid
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Sweep a grid, print the best of each cell, append every record to --out."""
+    options = parse(arguments)
+    began = time.monotonic()
+    device = torch.device("cuda")
+    arch = 10 * torch.cuda.get_device_capability()[0]
+    grid = cells(options)
+    jobs = [
+        (kernel, problems[0], config) for kernel, problems in grid for config in candidates(kernel, problems[0], arch)
+    ]
+    jobs += [(kernel, problems[0], STARTERS[kernel]) for kernel, problems in grid]
+    builds = compile_all(list(dict.fromkeys(jobs)), arch, options.workers)
+    good = sum(usable(build, arch) for build in builds.values())
+    print(f"compiled {len(builds)} candidates in {time.monotonic() - began:.0f} s, {good} usable", flush=True)
+    where = {"device": torch.cuda.get_device_name(), "triton": triton.__version__, "torch": torch.__version__}
+    times_of_rivals: dict[Problem, dict] = {}
+    with options.out.open("a") as file:
+        for kernel, problems in grid:
+            if time.monotonic() - began > options.budget:
+                print(f"budget spent before {kernel} {problems[0].key()}", flush=True)
+                continue
+            fit = [c for k, p, c in jobs if (k, p) == (kernel, problems[0]) and usable(builds[k, p, c], arch)]
+            records = tune_kernel(kernel, problems, list(dict.fromkeys(fit)), device, options.keep, options.rounds)
+            for problem in problems:
+                if problem not in times_of_rivals:
+                    times_of_rivals[problem] = rivals(problem, device, options.rounds)
+            show(kernel, problems, records, builds, times_of_rivals)
+            for record in records:
+                build = builds[kernel, problems[0], record["config"]]
+                line = {**where, "kernel": kernel, "problems": [p.to_dict() for p in problems],
+                        "config": {name: getattr(record["config"], name) for name in TileConfig.__slots__},
+                        "registers": build.registers, "shared": build.shared, "ms": record["ms"],
+                        "error": record.get("error"), "reason": record.get("reason"), "final": record["final"],
+                        "rivals_ms": [times_of_rivals[p] for p in problems]}  # fmt: skip
+                file.write(json.dumps(line) + "\n")
+            file.flush()
+    print(f"done in {time.monotonic() - began:.0f} s", flush=True)
+    return 0
+
+
+def show(kernel: str, problems: list[Problem], records: list[dict], builds: dict, others: dict) -> None:
+    """The cell's best configurations in TFLOP/s of this kernel's own products, and what fell out."""
+    first = problems[0]
+    out = [record for record in records if "reason" in record]
+    print(f"\n{kernel} {first.precision} d{first.head_dim} {'causal' if first.causal else 'full'}: "
+          f"{len(records)} ran, {len(out)} out", flush=True)  # fmt: skip
+    for record in out[:3]:
+        print(f"   out: {record['config']}: {record['reason']} (error {record.get('error')})")
+    fwd = [p.replace(pass_="fwd").flops for p in problems]
+    for record in sorted((r for r in records if r["final"]), key=lambda r: sum(r["ms"].values())):
+        build = builds[kernel, first, record["config"]]
+        speeds = "  ".join(
+            f"{p.seq_q}: {ms:.3f} ms {work * MATMULS[kernel] / 2 / ms / 1e9:.0f}"
+            for p, ms, work in zip(problems, record["ms"].values(), fwd, strict=True)
+        )
+        print(f"   {record['config']!s:34} {speeds}  ({build.registers} regs, err {record['error']:.1e})")
+    for name in others[first]:
+        column = 0 if kernel == "fwd" else 1
+        print(f"   {name:34} " + "  ".join(
+            f"{p.seq_q}: {others[p][name][column]:.3f} ms {work * (2.5 if column else 1) / others[p][name][column] / 1e9:.0f}"
+            for p, work in zip(problems, fwd, strict=True)), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
