@@ -128,7 +128,7 @@ import sys
 from flash2 import get_backend, list_backends
 names = list_backends()
 assert names[-2:] == ["fast", "broken"], names
-assert names.count("naive") == 1 and "triton" not in names, names
+assert names.count("naive") == 1 and names.count("triton") <= 1, names
 print("listed", "fast_attention" in sys.modules, "torch" in sys.modules)
 print(get_backend("fast").name, type(get_backend("naive")).__name__)
 try:
