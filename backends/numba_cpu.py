@@ -74,11 +74,12 @@ class NumbaCPU(Backend):
 
 
 def key_splits(heads, seq_kv):
-    """Into how many backward tasks the keys of a head are cut: enough in all for 32 threads, none below 512 keys.
+    """Into how many backward tasks the keys of a head are cut.
 
-    Not by the number of threads: the split decides the order of the sums, and so the bits of dq.
+    Enough for 8 threads if that leaves a tile of 128 keys each, and for 32 if it leaves 512: below that the copies of
+    dq cost more than they bring. Never by the number of threads: the cut decides the order of the sums in dq.
     """
-    return max(1, min(-(-32 // heads), seq_kv // 512))
+    return max(1, min(-(-8 // heads), -(-seq_kv // 128)), min(-(-32 // heads), seq_kv // 512))
 
 
 def arguments(q, k, spec: Spec):

@@ -1,4 +1,4 @@
-"""The jitted code of the numba backend: register-tiled products, vector exp2, the two attention loops.
+"""The jitted code of the numba backend: register-tiled products, vector exp and tanh, the two attention loops.
 
 Everything here works on flat float32 arrays and offsets in elements. The vectors run along
 queries in the forward pass and along keys in the backward pass, so that the other operand of every
@@ -6,7 +6,7 @@ product is read in place, one broadcast scalar at a time: head_dim is never a ve
 score, no length needs to divide anything, and the tails of a panel are lanes nobody reads.
 
 Names: a panel is NR rows of q (or k) transposed to (head_dim, NR); s, p, ds are score tiles; the
-suffix _t marks a transposed tile. Scores are in units of log2, so that p = exp2(s - m).
+suffix _t marks a transposed tile.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ BWD_BLOCK_N = NR * max(1, 128 // NR)  # keys per backward step
 LD_S = BWD_BLOCK_N + 16  # row length of its score tiles: off the powers of two that share cache sets
 OPEN = 1 << 40  # a window end that hides nothing
 LOG2E = math.log2(math.e)
-LN2 = math.log(2.0)
 
 _f32 = ir.FloatType()
 _i32 = ir.IntType(32)
@@ -105,19 +104,23 @@ EXP2_COEFFICIENTS = (
 _ROUND = 1.5 * 2.0**23 + 127.0
 
 
-def _exp2_parts(builder, x):
-    """(2^n, 2^f - 1) with x = n + f, |f| <= 1/2, for -127 <= x <= 128."""
-    shifted = builder.fadd(x, _constant(_ROUND))
-    f = builder.fsub(x, builder.fsub(shifted, _constant(_ROUND)))
-    bits = builder.shl(builder.bitcast(shifted, _ivec), _constant(23, _ivec))
-    poly = _constant(EXP2_COEFFICIENTS[-1])
+def _exp_parts(builder, x):
+    """(2^n, f, q) with exp(x) = 2^n (1 + f q), n an integer and |f| <= 1/2, for |x| < 88.8.
+
+    x is multiplied by log2(e) without rounding, so that nothing is lost to large n.
+    """
+    shifted = _fma(builder, x, _constant(LOG2E), _constant(_ROUND))
+    minus_n = builder.fsub(_constant(_ROUND), shifted)
+    f = _fma(builder, x, _constant(LOG2E), minus_n)
+    q = _constant(EXP2_COEFFICIENTS[-1])
     for coefficient in EXP2_COEFFICIENTS[-2::-1]:
-        poly = _fma(builder, poly, f, _constant(coefficient))
-    return builder.bitcast(bits, _vec), builder.fmul(poly, f)
+        q = _fma(builder, q, f, _constant(coefficient))
+    bits = builder.shl(builder.bitcast(shifted, _ivec), _constant(23, _ivec))
+    return builder.bitcast(bits, _vec), f, q
 
 
 def _data(context, builder, kind, array, offset):
-    """Pointer to element `offset` of a flat float32 array."""
+    """Pointer to element `offset` of a flat array."""
     data = context.make_array(kind)(context, builder, array).data
     return builder.gep(data, [offset])
 
@@ -132,20 +135,20 @@ def _store(builder, value, pointer):
     builder.store(value, builder.bitcast(pointer, _vec.as_pointer())).align = 4
 
 
-def _emit_exp2(builder, x):
-    """2^x, error < 1 ulp; 0 below -127, inf above 128, NaN stays NaN."""
-    x = _select(builder, ">", _constant(-127.0), x)
-    x = _select(builder, "<", _constant(128.0), x)
-    power, rest = _exp2_parts(builder, x)
-    return _fma(builder, power, rest, power)
+def _emit_exp(builder, x):
+    """exp(x), error < 1.5 ulp; 0 below -87.7 (there it would be denormal), inf above 88.4, NaN stays NaN."""
+    x = _select(builder, ">", _constant(-88.02), x)  # n = -127, whose 2^n comes out as 0
+    x = _select(builder, "<", _constant(88.8), x)  # n = 128, whose 2^n comes out as inf
+    power, f, q = _exp_parts(builder, x)
+    return builder.fmul(power, _fma(builder, f, q, _constant(1.0)))
 
 
 def _emit_tanh(builder, x):
     """e / (e + 2) with e = exp(2|x|) - 1, which loses nothing near 0; the sign is put back."""
     magnitude = _call(builder, "fabs", x)
-    y = builder.fmul(_select(builder, "<", _constant(20.0), magnitude), _constant(2.0 * LOG2E))
-    power, rest = _exp2_parts(builder, y)
-    e = _fma(builder, power, rest, builder.fsub(power, _constant(1.0)))
+    doubled = builder.fmul(_select(builder, "<", _constant(20.0), magnitude), _constant(2.0))
+    power, f, q = _exp_parts(builder, doubled)
+    e = _fma(builder, power, builder.fmul(f, q), builder.fsub(power, _constant(1.0)))
     return _call(builder, "copysign", builder.fdiv(e, builder.fadd(e, _constant(2.0))), x)
 
 
@@ -166,7 +169,7 @@ def _binary(emit):
     return intrinsic(op)
 
 
-vexp2 = _unary(_emit_exp2)
+vexp = _unary(_emit_exp)
 vtanh = _unary(_emit_tanh)
 vabs = _unary(lambda builder, x: _call(builder, "fabs", x))
 vadd = _binary(lambda builder, x, y: builder.fadd(x, y))
@@ -404,6 +407,39 @@ def all_finite(x, start, count):
     return worst < 0x7F800000
 
 
+@_jit
+def finite_part(x, start, count):
+    """A copy of x[start : start + count] with 0 for NaN and Inf."""
+    out = np.empty(count, np.float32)
+    for i in range(count):
+        out[i] = x[start + i] if math.isfinite(x[start + i]) else np.float32(0.0)
+    return out
+
+
+@_jit
+def add_bad_t(w, ldw, rows, low, high, columns, x, x0, head_dim, acc):
+    """acc (head_dim, NR) += x^T w for the NaN and Inf of x alone, over visible pairs alone.
+
+    Row r of x (rows, head_dim) and column c of acc see each other iff low + r <= c <= high + r.
+    With finite_part this is a product in which 0 * NaN of a hidden pair is 0, and nothing else differs.
+    """
+    for at in range(rows * head_dim):
+        if not math.isfinite(x[x0 + at]):
+            r, d = at // head_dim, at % head_dim
+            for c in range(max(low + r, 0), min(high + r + 1, columns)):
+                acc[d * NR + c] += x[x0 + at] * w[r * ldw + c]
+
+
+@_jit
+def add_bad(w, ldw, rows, low, high, columns, x, x0, head_dim, acc, ld_acc):
+    """acc (rows, head_dim) += w x for the NaN and Inf of x (columns, head_dim); see add_bad_t."""
+    for at in range(columns * head_dim):
+        if not math.isfinite(x[x0 + at]):
+            c, d = at // head_dim, at % head_dim
+            for r in range(max(c - high, 0), min(c - low + 1, rows)):
+                acc[r * ld_acc + d] += x[x0 + at] * w[r * ldw + c]
+
+
 # ---- forward
 
 
@@ -420,31 +456,26 @@ def forward_floats(head_dim):
 
 
 @_jit
-def modify_scores(s, rows, lds, scale, softcap, slope, distance, step):
-    """s = (softcap(s * scale) - slope * |distance|) log2(e) for NR columns.
-
-    Column c of row r is |distance + r * step[0] + c * step[1]| away from the diagonal.
-    """
-    along, across = step
+def modify_scores(s, rows, scale, softcap, slope, distance):
+    """s (rows, NR), a column per query, becomes softcap(s * scale) - slope * |distance + r - c|."""
     for r in range(rows):
         for c in range(0, NR, LANES):
-            x = load(s, r * lds + c)
+            x = load(s, r * NR + c)
             if softcap != 0:
                 x = vmul(vtanh(vmul(x, splat(np.float32(scale / softcap)))), splat(np.float32(softcap)))
             else:
                 x = vmul(x, splat(np.float32(scale)))
             if slope != 0:
-                first = splat(np.float32(distance + r * along + c * across))
-                away = vabs(vfma(lane_numbers(), splat(np.float32(across)), first))
+                away = vabs(vsub(splat(np.float32(distance + r - c)), lane_numbers()))
                 x = vsub(x, vmul(splat(np.float32(slope)), away))
-            store(s, r * lds + c, vmul(x, splat(np.float32(LOG2E))))
+            store(s, r * NR + c, x)
 
 
 @_jit
-def online_softmax(s, rows, scale, m, l, alpha):
+def online_softmax(s, rows, scale, m_i, l_i, alpha):
     """One panel's step of the online softmax (FlashAttention-2, algorithm 1, lines 8 to 10).
 
-    s (rows, NR), a column per query, becomes p = exp2(s * scale - m); m and l are brought up to
+    s (rows, NR), a column per query, becomes p = exp(s * scale - m_i); m_i and l_i are brought up to
     date and alpha is the factor by which what was summed before shrinks.
     """
     factor, none, zero = splat(np.float32(scale)), splat(np.float32(-np.inf)), splat(np.float32(0.0))
@@ -452,40 +483,28 @@ def online_softmax(s, rows, scale, m, l, alpha):
         highest = none
         for r in range(rows):
             highest = vmax(load(s, r * NR + c), highest)
-        m_old = load(m, c)
+        m_old = load(m_i, c)
         m_new = vmax(vmul(highest, factor), m_old)
         m_safe = vfinite(m_new)
-        shrink = vexp2(vsub(m_old, m_safe))
+        shrink = vexp(vsub(m_old, m_safe))
         total = zero
         m_minus = vsub(zero, m_safe)
         for r in range(rows):
-            p = vexp2(vfma(load(s, r * NR + c), factor, m_minus))
+            p = vexp(vfma(load(s, r * NR + c), factor, m_minus))
             store(s, r * NR + c, p)
             total = vadd(total, p)
-        store(m, c, m_new)
-        store(l, c, vfma(load(l, c), shrink, total))
+        store(m_i, c, m_new)
+        store(l_i, c, vfma(load(l_i, c), shrink, total))
         store(alpha, c, shrink)
 
 
 @_jit
-def hide_keys(s, keys, first_key, lowest, highest):
-    """s[r, c] = -inf unless lowest + c <= first_key + r <= highest + c: a column per query."""
+def hide(s, rows, low, high):
+    """s[r, c] = -inf unless low + r <= c <= high + r."""
     none = splat(np.float32(-np.inf))
-    for r in range(keys):
+    for r in range(rows):
         for c in range(0, NR, LANES):
-            j = first_key + r
-            store(s, r * NR + c, keep_lanes(load(s, r * NR + c), j - highest - c, j - lowest - c, none))
-
-
-@_jit
-def add_visible(p, keys, first_key, lowest, highest, queries, v, v0, head_dim, acc, alpha):
-    """acc = acc * alpha + v^T p over visible pairs alone, for a v whose NaN hidden queries must not see."""
-    for d in range(head_dim):
-        for c in range(queries):
-            total = acc[d * NR + c] * alpha[c]
-            for r in range(max(lowest + c - first_key, 0), min(highest + c - first_key + 1, keys)):
-                total += v[v0 + r * head_dim + d] * p[r * NR + c]
-            acc[d * NR + c] = total
+            store(s, r * NR + c, keep_lanes(load(s, r * NR + c), low + r - c, high + r - c, none))
 
 
 @_jit
@@ -500,11 +519,11 @@ def forward_worker(scratch, counter, q, k, v, o, lse, slopes, sizes, band, scale
     at = pad(2 * BLOCK_M * head_dim)
     s = scratch[at : at + BLOCK_N * NR]
     at += pad(BLOCK_N * NR)
-    m, l, alpha = scratch[at : at + BLOCK_M], scratch[at + BLOCK_M : at + 2 * BLOCK_M], scratch[at + 2 * BLOCK_M :]
+    m_i, l_i, alpha = scratch[at : at + BLOCK_M], scratch[at + BLOCK_M : at + 2 * BLOCK_M], scratch[at + 2 * BLOCK_M :]
     modified = softcap != 0 or slopes.size > 0
     sign = np.float32(np.sign(scale))  # goes into q, so that the maximum commutes with the rest of the scale
     magnitude = abs(scale) if scale != 0 else 1.0
-    factor = 1.0 if modified else magnitude * LOG2E
+    factor = 1.0 if modified else magnitude
     while True:
         task = fetch_add(counter, 0)
         if task >= heads * tiles:
@@ -516,8 +535,8 @@ def forward_worker(scratch, counter, q, k, v, o, lse, slopes, sizes, band, scale
         row1 = min(row0 + BLOCK_M, seq_q)
         qt[:] = 0
         acc[:] = 0
-        m[:] = -np.inf
-        l[:] = 0
+        m_i[:] = -np.inf
+        l_i[:] = 0
         for i0 in range(row0, row1, NR):
             panel = (i0 - row0) * head_dim
             transpose(min(NR, row1 - i0), head_dim, q, (head * seq_q + i0) * head_dim, head_dim, qt, panel, NR)
@@ -530,57 +549,53 @@ def forward_worker(scratch, counter, q, k, v, o, lse, slopes, sizes, band, scale
         for j0 in range(begin, end, BLOCK_N):
             for i0 in range(row0, row1, NR):
                 i1 = min(i0 + NR, row1) - 1
-                lowest, highest = i0 + diagonal - left, i0 + diagonal + right  # what query i0 sees
-                first = j0 + max(lowest - j0, 0) // MR * MR  # whole tiles; what is too much is hidden below
-                last = min(j0 + BLOCK_N, end, i1 + diagonal + right + 1)
-                if first >= last:
+                see0, see1 = i0 + diagonal - left, i1 + diagonal + right + 1  # what any query of the panel sees
+                all0, all1 = i1 + diagonal - left, i0 + diagonal + right + 1  # what every one sees
+                first = j0 + max(see0 - j0, 0) // MR * MR  # whole tiles; what is too much is hidden below
+                last = min(j0 + BLOCK_N, end, see1)
+                if max(see0, j0) >= last:
                     continue
                 keys = min((last - first + MR - 1) // MR * MR, seq_kv - first)
-                panel = (i0 - row0) * head_dim
-                product(keys, k, kv + first * head_dim, head_dim, qt, panel, NR, s, 0, NR, head_dim)
+                last = first + keys
+                panel, here = (i0 - row0) * head_dim, kv + first * head_dim
+                product(keys, k, here, head_dim, qt, panel, NR, s, 0, NR, head_dim)
                 if modified:
-                    modify_scores(s, keys, NR, magnitude, softcap, slope, first - i0 - diagonal, (1, -1))
-                clear0, clear1 = i1 + diagonal - left, highest + 1  # these keys no query of the panel misses
-                edge = False
-                if clear0 > first:
-                    edge = True
-                    hide_keys(s, min(clear0 - first, keys), first, lowest, highest)
-                if clear1 < first + keys:
-                    edge = True
-                    skip = max(clear1 - first, 0)
-                    hide_keys(s[skip * NR :], keys - skip, first + skip, lowest, highest)
+                    modify_scores(s, keys, magnitude, softcap, slope, first - i0 - diagonal)
+                all0, all1 = min(max(all0, first), last), min(max(all1, first), last)
+                low, high = first - i0 - diagonal - right, first - i0 - diagonal + left
+                hide(s, all0 - first, low, high)
+                hide(s[(all1 - first) * NR :], last - all1, low + all1 - first, high + all1 - first)
                 lanes = slice(i0 - row0, i0 - row0 + NR)
-                online_softmax(s, keys, factor, m[lanes], l[lanes], alpha)
-                if edge and not all_finite(v, kv + first * head_dim, keys * head_dim):
-                    add_visible(
-                        s, keys, first, lowest, highest, i1 - i0 + 1, v, kv + first * head_dim, head_dim,
-                        acc[panel:], alpha,
-                    )  # fmt: skip
+                online_softmax(s, keys, factor, m_i[lanes], l_i[lanes], alpha)
+                if all_finite(v, here, (all0 - first) * head_dim) and all_finite(
+                    v, kv + all1 * head_dim, (last - all1) * head_dim
+                ):
+                    product_scale_add_t(head_dim, v, here, head_dim, s, 0, NR, acc, panel, NR, keys, alpha)
                 else:
-                    product_scale_add_t(
-                        head_dim, v, kv + first * head_dim, head_dim, s, 0, NR, acc, panel, NR, keys, alpha
-                    )
+                    clean = finite_part(v, here, keys * head_dim)
+                    product_scale_add_t(head_dim, clean, 0, head_dim, s, 0, NR, acc, panel, NR, keys, alpha)
+                    add_bad_t(s, NR, keys, low, high, i1 - i0 + 1, v, here, head_dim, acc[panel:])
         for i0 in range(row0, row1, NR):
             finish_rows(
-                acc[(i0 - row0) * head_dim :], m[i0 - row0 :], l[i0 - row0 :], min(NR, row1 - i0), head_dim,
+                acc[(i0 - row0) * head_dim :], m_i[i0 - row0 :], l_i[i0 - row0 :], min(NR, row1 - i0), head_dim,
                 o[(head * seq_q + i0) * head_dim :], lse[head * seq_q + i0 :],
             )  # fmt: skip
 
 
 @_jit
-def finish_rows(acc, m, l, rows, head_dim, o, lse):
-    """o = acc / l and lse = ln(l) + m, of which a row that saw no key has 0 and -inf."""
+def finish_rows(acc, m_i, l_i, rows, head_dim, o, lse):
+    """o = acc / l_i and lse = ln(l_i) + m_i, of which a row that saw no key has 0 and -inf."""
     for c in range(0, NR, LANES):
-        share = vdiv(splat(np.float32(1.0)), load(l, c))
+        share = vdiv(splat(np.float32(1.0)), load(l_i, c))
         for d in range(head_dim):
             store(acc, d * NR + c, vmul(load(acc, d * NR + c), share))
     transpose(head_dim, rows, acc, 0, NR, o, 0, head_dim)
     for r in range(rows):
-        if l[r] == 0:
+        if l_i[r] == 0:
             lse[r] = -np.inf
             o[r * head_dim : (r + 1) * head_dim] = 0
         else:
-            lse[r] = m[r] * LN2 + math.log(l[r])
+            lse[r] = m_i[r] + math.log(l_i[r])
 
 
 @njit(parallel=True, error_model="numpy", cache=True)
@@ -621,70 +636,62 @@ def row_dots(x, y, start, rows, head_dim, out):
 
 
 @_jit
-def score_gradients(s, dp, rows, scale, softcap, slope, lse, delta, lowest, highest, distance):
+def score_gradients(s, dp, rows, scale, softcap, slope, lse, delta, low, high, distance):
     """s (rows, NR), a column per key, becomes p = exp(s - lse), and dp the gradient of s before its scale.
 
-    Row r sees columns lowest + r to highest + r; key c stands distance - r + c right of its diagonal.
+    Row r sees columns low + r to high + r; key c stands distance - r + c right of its diagonal.
     """
     zero, one = splat(np.float32(0.0)), splat(np.float32(1.0))
-    factor = splat(np.float32(scale * LOG2E))
+    factor, cap = splat(np.float32(scale)), splat(np.float32(softcap))
     inner = splat(np.float32(scale / softcap if softcap != 0 else 0.0))
-    outer = splat(np.float32(softcap * LOG2E))
-    fall = splat(np.float32(-slope * np.float32(LOG2E)))
     for r in range(rows):
-        minus_lse = splat(np.float32(lse[r] * -LOG2E))
-        minus_delta = splat(-delta[r])
-        hides = lowest + r > 0 or highest + r < NR - 1
+        minus_lse, minus_delta = splat(-lse[r]), splat(-delta[r])
+        hides = low + r > 0 or high + r < NR - 1
         for c in range(0, NR, LANES):
             at = r * LD_S + c
             x = load(s, at)
             ds = vadd(load(dp, at), minus_delta)
-            if softcap != 0:
-                t = vtanh(vmul(x, inner))
-                ds = vmul(ds, vfma(vsub(zero, t), t, one))
-                x = vfma(t, outer, minus_lse)
-            else:
+            if softcap == 0 and slope == 0:
                 x = vfma(x, factor, minus_lse)
-            if slope != 0:
-                x = vfma(vabs(vadd(lane_numbers(), splat(np.float32(distance - r + c)))), fall, x)
-            p = vexp2(x)
+            else:  # rounded step by step as in modify_scores: then the same errors are in lse, and cancel
+                if softcap != 0:
+                    t = vtanh(vmul(x, inner))
+                    ds = vmul(ds, vfma(vsub(zero, t), t, one))
+                    x = vmul(t, cap)
+                else:
+                    x = vmul(x, factor)
+                if slope != 0:
+                    away = vabs(vadd(splat(np.float32(distance - r + c)), lane_numbers()))
+                    x = vsub(x, vmul(splat(np.float32(slope)), away))
+                x = vadd(x, minus_lse)
+            p = vexp(x)
             ds = vmul(ds, p)
             if hides:
-                p = keep_lanes(p, lowest + r - c, highest + r - c, zero)
-                ds = keep_lanes(ds, lowest + r - c, highest + r - c, zero)
+                p = keep_lanes(p, low + r - c, high + r - c, zero)
+                ds = keep_lanes(ds, low + r - c, high + r - c, zero)
             store(s, at, p)
             store(dp, at, ds)
 
 
 @_jit
-def add_visible_t(ds, rows, lowest, highest, columns, x, x0, head_dim, acc):
-    """acc += x^T ds over visible pairs alone, for an x (dO or q) whose NaN hidden keys must not see."""
-    for r in range(rows):
-        for c in range(max(lowest + r, 0), min(highest + r + 1, columns)):
-            for d in range(head_dim):
-                acc[d * NR + c] += x[x0 + r * head_dim + d] * ds[r * LD_S + c]
+def pack_transposed(x, x0, rows, head_dim, xt):
+    """The panels of x (rows, head_dim), each (head_dim, NR); the last one filled up with zeros."""
+    xt[:] = 0
+    for c in range(0, rows, NR):
+        transpose(min(NR, rows - c), head_dim, x, x0 + c * head_dim, head_dim, xt, c * head_dim, NR)
 
 
 @_jit
-def add_visible_dq(ds, rows, lowest, highest, columns, k, k0, head_dim, acc, ld_acc):
-    """acc += ds k over visible pairs alone, for a k whose NaN hidden queries must not see."""
+def pack_columns(x, x0, rows, head_dim, xp):
+    """x (rows, head_dim) in column panels, each (BWD_BLOCK_N, NR), with 0 for NaN and Inf; True if it had any."""
+    bad = not all_finite(x, x0, rows * head_dim)
+    xp[:] = 0
     for r in range(rows):
-        for c in range(max(lowest + r, 0), min(highest + r + 1, columns)):
-            for d in range(head_dim):
-                acc[r * ld_acc + d] += k[k0 + c * head_dim + d] * ds[r * LD_S + c]
-
-
-@_jit
-def pack_keys(k, k0, keys, head_dim, kt, kp):
-    """The panels of k[:keys]: kt transposed, (head_dim, NR) each, for q k^T; kp (keys, NR) each, for ds k."""
-    kt[:] = 0
-    for c in range(0, keys, NR):
-        transpose(min(NR, keys - c), head_dim, k, k0 + c * head_dim, head_dim, kt, c * head_dim, NR)
-    if kp.size > 0:
-        kp[:] = 0
-        for j in range(keys):
-            for d in range(head_dim):
-                kp[d // NR * NR * BWD_BLOCK_N + j * NR + d % NR] = k[k0 + j * head_dim + d]
+        for d0 in range(0, head_dim, NR):
+            for d in range(d0, min(d0 + NR, head_dim)):
+                value = x[x0 + r * head_dim + d]
+                xp[d0 * BWD_BLOCK_N + r * NR + d - d0] = value if not bad or math.isfinite(value) else np.float32(0.0)
+    return bad
 
 
 @_jit
@@ -724,11 +731,11 @@ def backward_worker(
         for j0 in range(split * BWD_BLOCK_N, seq_kv, splits * BWD_BLOCK_N):
             j1 = min(j0 + BWD_BLOCK_N, seq_kv)
             key0 = (kv_head * seq_kv + j0) * head_dim
-            pack_keys(k, key0, j1 - j0, head_dim, kt, kp)
-            pack_keys(v, key0, j1 - j0, head_dim, vt, kp[:0])
+            pack_transposed(k, key0, j1 - j0, head_dim, kt)
+            pack_transposed(v, key0, j1 - j0, head_dim, vt)
+            k_bad = pack_columns(k, key0, j1 - j0, head_dim, kp)
             dkt[:] = 0
             dvt[:] = 0
-            k_finite = all_finite(k, key0, (j1 - j0) * head_dim)
             begin, end = max(0, j0 - diagonal - right), min(seq_q, j1 - diagonal + left)
             for g in range(group):
                 slope = slopes[head0 + g] if slopes.size > 0 else np.float32(0.0)
@@ -737,45 +744,47 @@ def backward_worker(
                     query = row0 + g * seq_q + i0  # counts over batch and heads
                     for c in range(0, j1 - j0, NR):
                         columns = min(NR, j1 - j0 - c)
-                        lowest, highest = i0 + diagonal - left - j0 - c, i0 + diagonal + right - j0 - c  # of row 0
-                        first = max(-highest, 0) // MR * MR  # whole tiles; what is too much is hidden below
-                        last = min((columns - lowest + MR - 1) // MR * MR, rows)
-                        if max(-highest, 0) >= min(columns - lowest, rows):
+                        offset = i0 + diagonal - j0 - c  # the column on the diagonal of row 0
+                        low, high = offset - left, offset + right  # what row 0 sees
+                        first = max(-high, 0) // MR * MR  # whole tiles; what is too much is hidden below
+                        last = min((columns - low + MR - 1) // MR * MR, rows)
+                        if max(-high, 0) >= min(columns - low, rows):
                             continue
-                        a0 = (query + first) * head_dim
-                        tile, n = first * LD_S + c, last - first
-                        panel = c * head_dim
+                        n, low, high = last - first, low + first, high + first  # row 0 is now `first`
+                        a0, lse0, delta0 = (query + first) * head_dim, query + first, g * seq_q + i0 + first
+                        tile, panel = first * LD_S + c, c * head_dim
                         product(n, q, a0, head_dim, kt, panel, NR, s, tile, LD_S, head_dim)
                         product(n, do, a0, head_dim, vt, panel, NR, dp, tile, LD_S, head_dim)
                         score_gradients(
-                            s[tile:], dp[tile:], n, scale, softcap, slope, lse[query + first :],
-                            delta[g * seq_q + i0 + first :], lowest + first, highest + first, -highest - first + right,
+                            s[tile:], dp[tile:], n, scale, softcap, slope, lse[lse0:], delta[delta0:],
+                            low, high, -offset - first,
                         )  # fmt: skip
-                        edge = lowest + last - 1 > 0 or highest + first < NR - 1
-                        if edge and not (all_finite(q, a0, n * head_dim) and all_finite(do, a0, n * head_dim)):
-                            low, high = lowest + first, highest + first
-                            add_visible_t(s[tile:], n, low, high, columns, do, a0, head_dim, dvt[panel:])
-                            add_visible_t(dp[tile:], n, low, high, columns, q, a0, head_dim, dkt[panel:])
-                        else:
+                        if (low + n - 1 <= 0 and high >= NR - 1) or (
+                            all_finite(q, a0, n * head_dim) and all_finite(do, a0, n * head_dim)
+                        ):
                             product_add_t(head_dim, do, a0, head_dim, s, tile, LD_S, dvt, panel, NR, n)
                             product_add_t(head_dim, q, a0, head_dim, dp, tile, LD_S, dkt, panel, NR, n)
-                    lowest, highest = i0 + diagonal - left - j0, i0 + diagonal + right - j0
+                        else:
+                            clean = finite_part(do, a0, n * head_dim)
+                            product_add_t(head_dim, clean, 0, head_dim, s, tile, LD_S, dvt, panel, NR, n)
+                            add_bad_t(s[tile:], LD_S, n, low, high, columns, do, a0, head_dim, dvt[panel:])
+                            clean = finite_part(q, a0, n * head_dim)
+                            product_add_t(head_dim, clean, 0, head_dim, dp, tile, LD_S, dkt, panel, NR, n)
+                            add_bad_t(dp[tile:], LD_S, n, low, high, columns, q, a0, head_dim, dkt[panel:])
+                    low, high = i0 + diagonal - left - j0, i0 + diagonal + right - j0
                     into = (g * seq_q + i0) * width
-                    if not k_finite:
-                        add_visible_dq(
-                            dp, rows, lowest, highest, j1 - j0, k, key0, head_dim, mine[into:], width
-                        )
-                        continue
                     for d in range(0, width, NR):
                         for r in range(0, rows, MR):
                             n = min(MR, rows - r)
-                            c0 = max(lowest + r, 0) // NR * NR
-                            c1 = min((highest + r + n + NR - 1) // NR * NR, j1 - j0)
-                            if max(lowest + r, 0) < min(highest + r + n, j1 - j0):
+                            c0 = max(low + r, 0) // NR * NR
+                            c1 = min((high + r + n + NR - 1) // NR * NR, j1 - j0)
+                            if max(low + r, 0) < min(high + r + n, j1 - j0):
                                 product_add(
                                     n, dp, r * LD_S + c0, LD_S, kp, d * BWD_BLOCK_N + c0 * NR, NR,
                                     mine, into + r * width + d, width, c1 - c0,
                                 )  # fmt: skip
+                    if k_bad:
+                        add_bad(dp, LD_S, rows, low, high, j1 - j0, k, key0, head_dim, mine[into:], width)
             for c in range(0, j1 - j0, NR):
                 columns, panel = min(NR, j1 - j0 - c), c * head_dim
                 for x in range(panel, panel + NR * head_dim):
