@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
 from flash2.core.contract import TORCH_DTYPES
 from flash2.core.problem import Problem
 

@@ -181,7 +181,7 @@ def _attend(maths, q, k, v, do, causal, window, softcap, alibi_slopes, scale, si
         keep = _visible(rows, seq_q, seq_kv, causal, window, dev)
         s, tanh = scores(qb, kb, g, rows, keep)
         lse = s.logsumexp(-1, keepdim=True)  # -inf for a row that sees no key
-        p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0))
+        p = _weights(s, lse, keep)
         o = _visible_product(maths, _operand(p, maths), keep, vb).to(maths.out)
         out["o"][g, :, rows], out["lse"][g, :, rows] = o, lse[..., 0]
         if sizes:
@@ -194,7 +194,7 @@ def _attend(maths, q, k, v, do, causal, window, softcap, alibi_slopes, scale, si
             # Recomputed in another order of summing, as a backward kernel may: with the forward's own rounding errors
             # many of them would cancel, here in exp(s - lse) and in dp - delta.
             s, tanh = scores(qb.flip(-1), kb.flip(-1), g, rows, keep)
-            p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0))
+            p = _weights(s, lse, keep)
         dob = do[g, :, rows].to(work)
         dp = maths.product(dob.flatten(1, 2), vb.mT).unflatten(1, (group, -1))
         delta = (dob * o.to(work)).sum(-1, keepdim=True)
@@ -252,6 +252,11 @@ def _visible(rows: slice, seq_q: int, seq_kv: int, causal: bool, window, device)
     if right is not None:
         keep &= away <= right
     return keep
+
+
+def _weights(s: torch.Tensor, lse: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """P = exp(s - lse), 0 where hidden also if the row's lse is nan or, for want of any key, -inf."""
+    return torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)).masked_fill(~keep, 0)
 
 
 def _visible_product(maths: _Maths, w: torch.Tensor, keep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,7 @@ def test_judge_accepts_the_correct_tiled_kernel(shape, dtype):
 @pytest.mark.parametrize("name", ["naive", "sdpa-flash", "sdpa-math"])
 def test_judge_accepts_honest_backends(name, dtype):
     backend = flash2.get_backend(name)
-    for causal, seq, dim in itertools.product((False, True), (1, 5, 64, 200), (32, 64)):
+    for causal, (seq, dim) in itertools.product((False, True), ((1, 32), (5, 64), (64, 32), (200, 64))):
         problem = Problem(heads_q=2, seq_q=seq, head_dim=dim, dtype=dtype, causal=causal, pass_="fwd+bwd")
         if reasons := backend.why_not(problem, torch.device("cpu")):
             pytest.skip(reasons[0])
