@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from flash2.core.contract import DTYPE_NAMES, TORCH_DTYPES, Backend, Capability, tf32_mismatch
-from flash2.core.problem import Window
+from flash2.core.problem import Problem, Window
 
 ANY_HEAD_DIM = range(1, 1 << 16)
 # What SDPA can be told. It has no softcap; ALiBi would be a bias in q's dtype, rounded to bf16 or fp16.
@@ -30,6 +30,9 @@ CPU = Capability(
     head_dims=ANY_HEAD_DIM,
     kernels="scaled_?dot_?product_?(flash_?)?attention(_?for_?cpu|$)",  # torch's operators, forward and backward
 )
+
+
+GRID_LIMIT = 65535  # of the second and third axis of a CUDA grid
 
 
 class Sdpa(Backend):
@@ -80,6 +83,8 @@ class Sdpa(Backend):
             form = "mask"
         if form == "mask" and kernel == SDPBackend.CUDNN_ATTENTION and problem.pass_ != "fwd":
             reasons.append("backward with a mask: cuDNN returns NaN in dq at some lengths (pytorch#196678)")
+        if device.type == "cuda":
+            reasons += _known_faults(problem, kernel)
         return reasons + self._torch_objects(problem, kernel, empty, form, device)
 
     def forward(self, q, k, v, spec):
@@ -107,7 +112,9 @@ class Sdpa(Backend):
                     f"backend {self.name!r}: torch will not run its kernel here: {error}"
                 ) from error
         if kernel != SDPBackend.MATH and o.requires_grad:
-            o.register_hook(dense)  # a sum's gradient arrives with stride 0
+            # A sum's gradient arrives with stride 0. And torch keeps cuDNN's plan by all shapes and strides but dO's:
+            # a dO in a second layout would be read through the first one's strides.
+            o.register_hook(torch.Tensor.contiguous if kernel in _CUDNN_MAY_RUN else dense)
         return (F.pad(o, (0, 0, empty, 0)) if empty else o), None
 
     def _kernel(self, dtype: str, precision: str, device: torch.device) -> SDPBackend | None:
@@ -210,6 +217,23 @@ class SdpaMath(Sdpa):
             head_dims=ANY_HEAD_DIM,
         ),
     }
+
+
+_CUDNN_MAY_RUN = (None, SDPBackend.CUDNN_ATTENTION)
+
+
+def _known_faults(problem: Problem, kernel: SDPBackend | None) -> list[str]:
+    # What the kernels get wrong on CUDA and torch does not object to (torch 2.11, cuDNN 9.19).
+    reasons = []
+    by_row_maximum = kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION) or (
+        kernel is None and problem.dtype in HALF
+    )
+    if problem.scale is not None and problem.scale <= 0 and by_row_maximum:
+        reasons.append("scale <= 0: the kernel scales the row maximum afterwards and returns NaN")
+    pairs = problem.batch * problem.heads_q
+    if pairs > GRID_LIMIT and kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        reasons.append(f"batch * heads {pairs}: the kernel puts them on a grid axis that holds {GRID_LIMIT}")
+    return reasons
 
 
 def plan(band: Window, seq_q: int, seq_kv: int) -> tuple[int, str]:
