@@ -2,6 +2,7 @@
 
 import logging
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # A fixed choice of examples, so that a failure in CI is the failure at home; the first call of a kernel may compile.
@@ -31,3 +32,14 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
     logging.getLogger("torch.__trace").propagate = False  # thousands of empty lines under a failed test
     config.addinivalue_line("markers", "few_shapes: also run on backends that compile every shape for seconds")
+
+
+@pytest.fixture
+def one_thread():
+    """Torch on one thread: tensors of a few thousand elements only wait for a second, for long if the cores are busy."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

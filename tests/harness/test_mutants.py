@@ -16,17 +16,7 @@ from flash2.core.judge import Judge
 from flash2.core.problem import Problem
 
 MUTANTS = FORWARD + BACKWARD
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Tensors this small only wait for a second thread, for long if the cores are busy.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 # Problems between tiles, with every feature, for the honest implementations.
 HONEST = {
     "dense": {"seq_q": 100},

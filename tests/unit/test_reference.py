@@ -11,6 +11,7 @@ import torch
 from flash2.core import reference
 from flash2.core.reference import attention_gradients, attention_reference, emulate, ieee_matmul, oracle
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 F64 = torch.float64
 
 
