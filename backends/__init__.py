@@ -23,11 +23,12 @@ BUILTIN = {
     "sdpa-math": "flash2.backends.sdpa:SdpaMath",
     "flex": "flash2.backends.flex:Flex",
     "numba": "flash2.backends.numba_cpu:NumbaCPU",
+    "triton": "flash2.backends.triton_fa2:TritonFA2",
 }
 # Names of kernels that are on their way: nobody else may take them, and asking for one says so.
-RESERVED = ("triton", "gluon", "cupy")
+RESERVED = ("gluon", "cupy")
 # What attention(backend=None) means on each device type.
-DEFAULTS = {"cpu": "numba", "cuda": "sdpa"}
+DEFAULTS = {"cpu": "numba", "cuda": "triton"}
 ENTRY_POINT_GROUP = "flash2.backends"
 
 _registered: dict[str, str] = {}

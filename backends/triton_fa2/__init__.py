@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 
@@ -30,6 +31,12 @@ class TritonFA2(Backend):
         head_dims=range(1, 257),
         kernels=r"attention_forward|row_statistics|gradients_(kv|q)",
     )
+
+    def capability_on(self, device: torch.device) -> Capability:
+        """The interpreter has one class of float32 maths: plain float32."""
+        if device.type != "cpu":
+            return self.capability
+        return dataclasses.replace(self.capability, precisions={**self.capability.precisions, "fp32": ("ieee",)})
 
     def unavailable(self) -> str | None:
         """Triton missing, or no GPU to run it on (and no interpreter asked for)."""

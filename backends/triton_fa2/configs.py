@@ -57,7 +57,9 @@ class Key:
 def choose(key: Key) -> tuple[TileConfig, str]:
     """(configuration, where it comes from)."""
     if key.arch == "cpu":
-        return TileConfig(block_m=32, block_n=32), "interpreter"
+        return (
+            TileConfig(block_m=32, block_n=64) if key.kernel == "dkdv" else TileConfig(block_m=64, block_n=32)
+        ), "interpreter"
     return fallback(key), "fallback"
 
 

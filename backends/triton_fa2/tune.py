@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -31,8 +32,9 @@ BROKEN = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 4e-3, "bf16x3": 1e-4, "bf16x6": 1e
 MATMULS = {"fwd": 2, "dkdv": 4, "dq": 3}
 
 
-def candidates(kernel: str, problem: Problem, arch: int) -> list[TileConfig]:
-    """Every configuration worth compiling. What spills or does not fit is found by the compiler."""
+def candidates(kernel: str, problem: Problem, arch: int, *, ws: bool = False) -> list[TileConfig]:
+    """Every configuration worth compiling. What spills or does not fit is found by the compiler. `ws` adds the
+    warp-specialised ones, which may hang."""
     block_d = max(16, triton.next_power_of_2(problem.head_dim))
     element = 4 if problem.dtype == "fp32" else 2
     masked = problem.band != (None, None)
@@ -60,10 +62,25 @@ def candidates(kernel: str, problem: Problem, arch: int) -> list[TileConfig]:
             continue
         if element == 4 and registers > 160:  # operands and their split parts want registers too
             continue
-        if stages not in ((1, 2) if problem.precision == "ieee" else (2, 3, 4) if tma and element == 2 else (2, 3)):
+        if problem.precision == "ieee":
+            useful = stages <= 2
+        elif element == 4:
+            useful = stages in (2, 3)
+        else:  # without descriptors registers are short: one choice each
+            useful = stages in (2, 3) if tma else stages == 2 and one_loop == masked
+        if not useful:
             continue
         found.append(TileConfig(block_m=m, block_n=n, num_warps=warps, num_stages=stages, tma=tma, one_loop=one_loop))
-        if kernel == "fwd" and element == 2 and tma and m == 128 and warps == 4 and hopper and one_loop == masked:
+        if (
+            ws
+            and kernel == "fwd"
+            and element == 2
+            and tma
+            and m == 128
+            and warps == 4
+            and hopper
+            and one_loop == masked
+        ):
             found.append(found[-1].replace(ws=True, one_loop=True))
     return found
 
@@ -189,56 +206,150 @@ def usable(build: offline.Build | str, arch: int) -> bool:
     return not isinstance(build, str) and build.spills == 0 and build.shared <= offline.SHARED_LIMIT[arch]
 
 
-def tune_kernel(
-    kernel: str, problems: list[Problem], configs: list[TileConfig], device: torch.device, keep: int, rounds: int
-) -> list[dict]:
-    """Judge `configs` on a small relative of the problems, time all on the first one, the `keep` best on each.
+class Bench:
+    """What runs on the device, in a process of its own: a kernel that hangs or breaks the context costs no more."""
 
-    Returns one record a configuration: error, milliseconds per problem (in order) or why it is out.
-    """
-    first = problems[0]
-    small = Data(first.replace(batch=1, heads_q=first.heads_q // first.heads_kv * 2, heads_kv=2,
-                               seq_q=1024, seq_kv=1024), device)  # fmt: skip
-    want = exact(small)[kernel]
-    records, alive = [], []
-    for config in configs:
-        record: dict = {"kernel": kernel, "config": config, "ms": {}}
-        records.append(record)
+    def __init__(self) -> None:
+        self.device = torch.device("cuda")
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=self.device)
+        self.key: tuple | None = None
+
+    def data(self, problem: Problem, exactly: bool) -> Data:
+        """The tensors of `problem`, kept until another one is asked for; with the float64 outputs if `exactly`."""
+        if self.key != (problem, exactly):
+            self.key = self.current = self.want = None  # free the old before making the new
+            self.current = Data(problem, self.device)
+            if exactly:
+                self.want = exact(self.current)
+            else:
+                self.current.stage("fwd", STARTERS["fwd"], STARTERS)()  # o and lse for the backward kernels
+            self.key = (problem, exactly)
+        return self.current
+
+    def judge(self, kernel: str, problem: Problem, config: TileConfig) -> float | str:
+        """Relative rms error on a small relative of `problem` (the same binary), or why it does not run."""
+        small = problem.replace(batch=1, heads_q=problem.heads_q // problem.heads_kv * 2, heads_kv=2,
+                                seq_q=1024, seq_kv=1024)  # fmt: skip
+        data = self.data(small, exactly=True)
+        o = data.o.clone()
         try:
-            call = small.stage(kernel, config, STARTERS)
-            for out in small.outputs(kernel):
+            call = data.stage(kernel, config, STARTERS)
+            for out in data.outputs(kernel):
                 out.fill_(torch.nan)
             call()
             torch.cuda.synchronize()
-        except (RuntimeError, triton.runtime.errors.TritonError) as problem_of_config:
-            record["reason"] = f"{type(problem_of_config).__name__}: {str(problem_of_config)[:200]}"
-            if "CUDA" in record["reason"] and "illegal" in record["reason"]:
-                raise  # the context is gone; nothing after this would mean anything
+        except triton.runtime.errors.TritonError as reason:  # too much shared memory, say
+            return f"{type(reason).__name__}: {str(reason)[:200]}"
+        wrong = error(data.outputs(kernel), self.want[kernel])
+        data.o.copy_(o)
+        return wrong if wrong <= BROKEN[problem.precision] else f"wrong: error {wrong:.2e}"
+
+    def race(self, kernel: str, problem: Problem, configs: list[TileConfig], rounds: int) -> list[float]:
+        """Median milliseconds of each configuration."""
+        data = self.data(problem, exactly=False)
+        return race([data.stage(kernel, config, STARTERS) for config in configs], rounds, self.flush)
+
+    def rivals(self, problem: Problem, rounds: int) -> dict[str, tuple[float, float]]:
+        """See the function."""
+        return rivals(problem, self.device, rounds)
+
+
+class Hang(RuntimeError):
+    """The device did not answer in time."""
+
+
+def _serve(pipe) -> None:
+    bench = Bench()
+    pipe.send(None)
+    while True:
+        method, arguments = pipe.recv()
+        try:
+            pipe.send((True, getattr(bench, method)(*arguments)))
+        except Exception as failure:  # told to the parent, which ends this process: its context may be gone
+            pipe.send((False, f"{type(failure).__name__}: {str(failure)[:300]}"))
+
+
+class Worker:
+    """A Bench in a process that is replaced when it hangs or fails."""
+
+    def __init__(self) -> None:
+        self.process = None
+
+    def ask(self, method: str, *arguments: object, seconds: float = 20) -> object:
+        """The answer of Bench.`method`; Hang after `seconds`, RuntimeError in the words of what it raised."""
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self.process.start()
+            theirs.close()
+            if not self.pipe.poll(90):
+                self.stop()
+                raise Hang("no CUDA context within 90 s")
+            self.pipe.recv()
+        self.pipe.send((method, arguments))
+        try:
+            if not self.pipe.poll(seconds):
+                raise Hang(f"no answer within {seconds:.0f} s")
+            good, answer = self.pipe.recv()
+        except (Hang, EOFError) as failure:
+            self.stop()
+            raise Hang(str(failure) or "the process died") from failure
+        if not good:
+            self.stop()
+            raise RuntimeError(answer)
+        return answer
+
+    def stop(self) -> None:
+        """End the process."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.join(10)
+            self.process = None
+
+
+def tune_kernel(
+    worker: Worker, kernel: str, problems: list[Problem], configs: list[TileConfig], keep: int, rounds: int, write
+) -> list[dict]:
+    """Judge `configs`, time those that are right on the first problem, and the `keep` best on every one.
+
+    Returns one record a configuration: error, milliseconds by length or why it is out; `write` gets each at once.
+    """
+    records = []
+    hangs: Counter[tuple[bool, bool]] = Counter()
+    for config in configs:
+        record: dict = {"config": config, "error": None, "reason": None, "ms": {}, "final": False}
+        kind = (config.tma, config.ws)
+        try:
+            if hangs[kind] >= 2:
+                raise RuntimeError("skipped: two of its kind hung")
+            answer = worker.ask("judge", kernel, problems[0], config, seconds=10)
+        except RuntimeError as failure:
+            hangs[kind] += isinstance(failure, Hang)
+            answer = str(failure)
+        record["reason" if isinstance(answer, str) else "error"] = answer
+        records.append(record)
+        if record["reason"]:
+            write(record)
+            print(f"   out: {config}: {answer}", flush=True)
+    alive = [record for record in records if record["reason"] is None]
+    print(f"   {len(alive)} of {len(records)} are right", flush=True)
+    for turn, problem in enumerate((problems[0], *problems)):
+        try:
+            times = worker.ask("race", kernel, problem, [r["config"] for r in alive], rounds if turn else 4, seconds=30)
+        except RuntimeError as failure:
+            print(f"   race at {problem.seq_q}: {failure}", flush=True)
             continue
-        record["error"] = error(small.outputs(kernel), want)
-        if record["error"] <= BROKEN[first.precision]:  # false for nan
-            alive.append(record)
-        else:
-            record["reason"] = "wrong"
-        if kernel == "fwd":
-            exact(small)  # o back to the truth
-    del small
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
-    for turn, problem in enumerate(problems):
-        data = Data(problem, device)
-        data.stage("fwd", STARTERS["fwd"], STARTERS)()  # o and lse for the backward kernels
-        calls = [data.stage(kernel, record["config"], STARTERS) for record in alive]
-        times = race(calls, rounds if turn else max(3, rounds // 4), flush)
         for record, ms in zip(alive, times, strict=True):
             record["ms"][problem.seq_q] = ms
+            record["final"] = turn > 0
         if turn == 0:
-            alive = sorted(alive, key=lambda record: record["ms"][problem.seq_q])[:keep]
-            calls = [data.stage(kernel, record["config"], STARTERS) for record in alive]
-            for record, ms in zip(alive, race(calls, rounds, flush), strict=True):
-                record["ms"][problem.seq_q] = ms
-        del data, calls
-    for record in records:
-        record["final"] = any(record is other for other in alive)
+            alive.sort(key=lambda record: record["ms"][problem.seq_q])
+            for record in alive[keep:]:
+                write(record)
+            del alive[keep:]
+    for record in alive:
+        write(record)
     return records
 
 
@@ -277,6 +388,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=2048, help="heads * head_dim")
     parser.add_argument("--keep", type=int, default=6, help="candidates timed at every length")
     parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--ws", action="store_true", help="also try warp specialisation (may hang; a hang costs 20 s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--budget", type=float, default=460, help="seconds after which no new cell is begun")
     parser.add_argument("--out", type=Path, default=Path("tune.jsonl"))
@@ -301,7 +413,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Sweep a grid, print the best of each cell, append every record to --out."""
     options = parse(arguments)
     began = time.monotonic()
-    device = torch.device("cuda")
     arch = 10 * torch.cuda.get_device_capability()[0]
     grid = cells(options)
     jobs = [
@@ -313,51 +424,63 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"compiled {len(builds)} candidates in {time.monotonic() - began:.0f} s, {good} usable", flush=True)
     where = {"device": torch.cuda.get_device_name(), "triton": triton.__version__, "torch": torch.__version__}
     times_of_rivals: dict[Problem, dict] = {}
+    worker = Worker()
     with options.out.open("a") as file:
         for kernel, problems in grid:
+            first = problems[0]
+            name = f"{kernel} {first.precision} d{first.head_dim} {'causal' if first.causal else 'full'}"
             if time.monotonic() - began > options.budget:
-                print(f"budget spent before {kernel} {problems[0].key()}", flush=True)
+                print(f"budget spent before {name}", flush=True)
                 continue
-            fit = [c for k, p, c in jobs if (k, p) == (kernel, problems[0]) and usable(builds[k, p, c], arch)]
-            records = tune_kernel(kernel, problems, list(dict.fromkeys(fit)), device, options.keep, options.rounds)
+
+            def write(record: dict, kernel: str = kernel, problems: list[Problem] = problems) -> None:
+                build = builds[kernel, problems[0], record["config"]]
+                config = {field: getattr(record["config"], field) for field in TileConfig.__slots__}
+                line = {**where, "kernel": kernel, "problems": [p.to_dict() for p in problems], **record,
+                        "config": config, "registers": build.registers, "shared": build.shared}  # fmt: skip
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+
+            fit = [c for k, p, c in jobs if (k, p) == (kernel, first) and usable(builds[k, p, c], arch)]
+            print(f"\n{name} at {time.monotonic() - began:.0f} s", flush=True)
+            records = tune_kernel(
+                worker, kernel, problems, list(dict.fromkeys(fit)), options.keep, options.rounds, write
+            )
             for problem in problems:
                 if problem not in times_of_rivals:
-                    times_of_rivals[problem] = rivals(problem, device, options.rounds)
+                    try:
+                        times_of_rivals[problem] = worker.ask("rivals", problem, options.rounds, seconds=60)
+                    except RuntimeError as failure:
+                        print(f"   torch's kernels at {problem.key()}: {failure}", flush=True)
+                        times_of_rivals[problem] = {}
+                    file.write(
+                        json.dumps({**where, "problem": problem.to_dict(), "rivals_ms": times_of_rivals[problem]})
+                        + "\n"
+                    )
+                    file.flush()
             show(kernel, problems, records, builds, times_of_rivals)
-            for record in records:
-                build = builds[kernel, problems[0], record["config"]]
-                line = {**where, "kernel": kernel, "problems": [p.to_dict() for p in problems],
-                        "config": {name: getattr(record["config"], name) for name in TileConfig.__slots__},
-                        "registers": build.registers, "shared": build.shared, "ms": record["ms"],
-                        "error": record.get("error"), "reason": record.get("reason"), "final": record["final"],
-                        "rivals_ms": [times_of_rivals[p] for p in problems]}  # fmt: skip
-                file.write(json.dumps(line) + "\n")
-            file.flush()
+    worker.stop()
     print(f"done in {time.monotonic() - began:.0f} s", flush=True)
     return 0
 
 
 def show(kernel: str, problems: list[Problem], records: list[dict], builds: dict, others: dict) -> None:
-    """The cell's best configurations in TFLOP/s of this kernel's own products, and what fell out."""
+    """The cell's best configurations in TFLOP/s of this kernel's own products, and torch's for scale."""
     first = problems[0]
-    out = [record for record in records if "reason" in record]
-    print(f"\n{kernel} {first.precision} d{first.head_dim} {'causal' if first.causal else 'full'}: "
-          f"{len(records)} ran, {len(out)} out", flush=True)  # fmt: skip
-    for record in out[:3]:
-        print(f"   out: {record['config']}: {record['reason']} (error {record.get('error')})")
     fwd = [p.replace(pass_="fwd").flops for p in problems]
     for record in sorted((r for r in records if r["final"]), key=lambda r: sum(r["ms"].values())):
         build = builds[kernel, first, record["config"]]
         speeds = "  ".join(
             f"{p.seq_q}: {ms:.3f} ms {work * MATMULS[kernel] / 2 / ms / 1e9:.0f}"
-            for p, ms, work in zip(problems, record["ms"].values(), fwd, strict=True)
+            for p, work in zip(problems, fwd, strict=True)
+            if (ms := record["ms"].get(p.seq_q))
         )
         print(f"   {record['config']!s:34} {speeds}  ({build.registers} regs, err {record['error']:.1e})")
     for name in others[first]:
         column = 0 if kernel == "fwd" else 1
         print(f"   {name:34} " + "  ".join(
             f"{p.seq_q}: {others[p][name][column]:.3f} ms {work * (2.5 if column else 1) / others[p][name][column] / 1e9:.0f}"
-            for p, work in zip(problems, fwd, strict=True)), flush=True)  # fmt: skip
+            for p, work in zip(problems, fwd, strict=True) if name in others[p]), flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
