@@ -107,11 +107,12 @@ _ROUND = 1.5 * 2.0**23 + 127.0
 def _exp_parts(builder, x):
     """(2^n, f, q) with exp(x) = 2^n (1 + f q), n an integer and |f| <= 1/2, for |x| < 88.8.
 
-    x is multiplied by log2(e) without rounding, so that nothing is lost to large n.
+    x is multiplied by log2(e) in two parts without rounding, so that nothing is lost to a large n.
     """
-    shifted = _fma(builder, x, _constant(LOG2E), _constant(_ROUND))
+    high = float(np.float32(LOG2E))
+    shifted = _fma(builder, x, _constant(high), _constant(_ROUND))
     minus_n = builder.fsub(_constant(_ROUND), shifted)
-    f = _fma(builder, x, _constant(LOG2E), minus_n)
+    f = _fma(builder, x, _constant(LOG2E - high), _fma(builder, x, _constant(high), minus_n))
     q = _constant(EXP2_COEFFICIENTS[-1])
     for coefficient in EXP2_COEFFICIENTS[-2::-1]:
         q = _fma(builder, q, f, _constant(coefficient))
@@ -136,7 +137,7 @@ def _store(builder, value, pointer):
 
 
 def _emit_exp(builder, x):
-    """exp(x), error < 1.5 ulp; 0 below -87.7 (there it would be denormal), inf above 88.4, NaN stays NaN."""
+    """exp(x), error < 1.2 ulp; 0 below -87.7 (there it would be denormal), inf above 88.4, NaN stays NaN."""
     x = _select(builder, ">", _constant(-88.02), x)  # n = -127, whose 2^n comes out as 0
     x = _select(builder, "<", _constant(88.8), x)  # n = 128, whose 2^n comes out as inf
     power, f, q = _exp_parts(builder, x)
@@ -150,6 +151,17 @@ def _emit_tanh(builder, x):
     power, f, q = _exp_parts(builder, doubled)
     e = _fma(builder, power, builder.fmul(f, q), builder.fsub(power, _constant(1.0)))
     return _call(builder, "copysign", builder.fdiv(e, builder.fadd(e, _constant(2.0))), x)
+
+
+def _emit_finite(builder, x):
+    """0 for -inf, the maximum over nothing: then -inf minus it is no NaN."""
+    return builder.select(builder.fcmp_ordered("==", x, _constant(-math.inf)), _constant(0.0), x)
+
+
+def _emit_share(builder, total):
+    """1 / total, and 0 for the sum over nothing."""
+    share = builder.fdiv(_constant(1.0), total)
+    return builder.select(builder.fcmp_ordered("==", total, _constant(0.0)), _constant(0.0), share)
 
 
 # ---- vector operations usable in jitted code
@@ -171,18 +183,13 @@ def _binary(emit):
 
 vexp = _unary(_emit_exp)
 vtanh = _unary(_emit_tanh)
+vfinite = _unary(_emit_finite)
+vshare = _unary(_emit_share)
 vabs = _unary(lambda builder, x: _call(builder, "fabs", x))
 vadd = _binary(lambda builder, x, y: builder.fadd(x, y))
 vsub = _binary(lambda builder, x, y: builder.fsub(x, y))
 vmul = _binary(lambda builder, x, y: builder.fmul(x, y))
 vmax = _binary(lambda builder, x, y: _select(builder, ">", x, y))  # y where x is NaN
-
-
-vdiv = _binary(lambda builder, x, y: builder.fdiv(x, y))
-# 0 for a maximum over nothing, so that -inf - vfinite(-inf) is no NaN
-vfinite = _unary(
-    lambda builder, x: builder.select(builder.fcmp_unordered("==", x, _constant(-math.inf)), _constant(0.0), x)
-)
 
 
 @intrinsic
@@ -586,14 +593,13 @@ def forward_worker(scratch, counter, q, k, v, o, lse, slopes, sizes, band, scale
 def finish_rows(acc, m_i, l_i, rows, head_dim, o, lse):
     """o = acc / l_i and lse = ln(l_i) + m_i, of which a row that saw no key has 0 and -inf."""
     for c in range(0, NR, LANES):
-        share = vdiv(splat(np.float32(1.0)), load(l_i, c))
+        share = vshare(load(l_i, c))
         for d in range(head_dim):
             store(acc, d * NR + c, vmul(load(acc, d * NR + c), share))
     transpose(head_dim, rows, acc, 0, NR, o, 0, head_dim)
     for r in range(rows):
         if l_i[r] == 0:
             lse[r] = -np.inf
-            o[r * head_dim : (r + 1) * head_dim] = 0
         else:
             lse[r] = m_i[r] + math.log(l_i[r])
 
