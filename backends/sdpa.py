@@ -36,7 +36,7 @@ GRID_LIMIT = 65535  # of the second and third axis of a CUDA grid
 
 
 class Sdpa(Backend):
-    """scaled_dot_product_attention as torch dispatches it, except that fp32 keeps to the class asked for."""
+    """scaled_dot_product_attention as torch dispatches it, except that fp32 on CUDA stays with one class of maths."""
 
     name = "sdpa"
     autograd = True
@@ -45,8 +45,8 @@ class Sdpa(Backend):
         "cpu": dataclasses.replace(CPU, kernels=None),
         "cuda": Capability(
             devices=("cuda",),
-            # On CUDA torch runs fp32 by the efficient kernel, 3xTF32, where that can, else by the math one.
-            precisions={"fp64": ("fp64",), "fp32": ("tf32x3", "ieee", "tf32"), **HALF},
+            # torch's choice for fp32 on CUDA is the efficient kernel, 3xTF32; the math one is sdpa-math.
+            precisions={"fp64": ("fp64",), "fp32": ("tf32x3",), **HALF},
             features=FEATURES,
             head_dims=ANY_HEAD_DIM,
             deterministic=False,
@@ -73,7 +73,7 @@ class Sdpa(Backend):
         capability = self.capability_on(device)
         if device.type not in self.on or problem.precision not in capability.precisions.get(problem.dtype, ()):
             return reasons
-        kernel = self._kernel(problem.dtype, problem.precision, device)
+        kernel = self._kernel(problem.dtype, device)
         if device.type == "cuda" and problem.dtype == "fp32" and kernel == SDPBackend.MATH:
             reasons += tf32_mismatch(problem.precision)
         if not all((problem.batch, problem.seq_q, problem.seq_kv)):
@@ -89,7 +89,7 @@ class Sdpa(Backend):
 
     def forward(self, q, k, v, spec):
         """(o, None) by the kernel; rows that see no key are zeros around it."""
-        kernel = self._kernel(DTYPE_NAMES[q.dtype], spec.precision, q.device)
+        kernel = self._kernel(DTYPE_NAMES[q.dtype], q.device)
         empty, form = plan(spec.band, q.shape[2], k.shape[2])
         q = q[:, :, empty:]
         if kernel != SDPBackend.MATH:
@@ -117,9 +117,9 @@ class Sdpa(Backend):
             o.register_hook(torch.Tensor.contiguous if kernel in _CUDNN_MAY_RUN else dense)
         return (F.pad(o, (0, 0, empty, 0)) if empty else o), None
 
-    def _kernel(self, dtype: str, precision: str, device: torch.device) -> SDPBackend | None:
+    def _kernel(self, dtype: str, device: torch.device) -> SDPBackend | None:
         if self.kernel is None and dtype == "fp32" and device.type == "cuda":
-            return SDPBackend.EFFICIENT_ATTENTION if precision == "tf32x3" else SDPBackend.MATH
+            return SDPBackend.EFFICIENT_ATTENTION  # and no other maths where that cannot run
         return self.kernel
 
     def _torch_objects(self, problem, kernel, empty, form, device) -> list[str]:

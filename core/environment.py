@@ -154,7 +154,8 @@ def _nvml(read: Callable[[Any], Any]) -> Any:
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that can still be allocated on the device, or None where nobody says."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own free list
+        return torch.cuda.mem_get_info(device)[0] + kept
     if sys.platform == "linux":
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -72,6 +72,13 @@ class Worker:
         hint = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
         return f"the worker was killed by {signal.Signals(-code).name}{hint}"
 
+    def close(self) -> None:
+        """End the process; it is idle, and leaves by itself once its pipe is closed."""
+        self._pipe.close()
+        self._process.join(5)
+        if self._process.is_alive():
+            self.kill()
+
     def kill(self) -> None:
         """End the process now; nothing it holds is worth waiting for."""
         self._process.kill()

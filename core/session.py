@@ -58,6 +58,7 @@ class Session:
                 path.replace(path.with_name("previous.jsonl"))
             return self._measure(sweep, groups, baseline, ResultFile(path), done)
         except KeyboardInterrupt:
+            sweep.close(at_once=True)
             sys.stderr.write(f"\ninterrupted; finished cells are in {path}, go on with --resume\n")
             return 130
         finally:

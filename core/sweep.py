@@ -150,8 +150,8 @@ class Sweep:
         """The environment's, by which --resume knows a finished cell."""
         return fingerprint(self.environment)
 
-    def close(self) -> None:
-        """End the worker."""
+    def close(self, *, at_once: bool = False) -> None:
+        """End the worker, `at_once` if it may be busy."""
         if self._worker is not None:
-            self._worker.kill()
+            self._worker.kill() if at_once else self._worker.close()
             self._worker = None

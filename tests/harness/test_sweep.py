@@ -82,4 +82,4 @@ def test_every_pass_is_judged_and_timed(sweep, pass_):
         assert row.status == "ok", row.reason
         assert row.tflops == pytest.approx(row.problem.flops / row.ms.median / 1e9)
         assert row.ms.p20 <= row.ms.median <= row.ms.p80
-        assert row.error["max"] > 0 and row.kernels and len(row.rounds) >= 7
+        assert row.error["max"] > 0 and row.kernels and len(row.rounds) >= 3
