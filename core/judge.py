@@ -9,6 +9,14 @@ For each of o, dq, dk, dv, with e the candidate's error and e_emul that of the t
 lse has T1 alone, with room for what its rounding can do to P. The sizes are the oracle's (reference.oracle): what the
 row would be without cancelling. The emulation's figures count as at least `floor` roundings of that size, so that a
 tiny problem in which it happens to be exact raises no alarm. Why, and how the constants were found: docs/numerics.md.
+
+Largest (a, b, c) that independent honest kernels needed on the calibration grid of tests/calibrate.py, seq >= 64:
+
+    device  kernels                        class       forward             backward
+    CPU     sdpa-flash, sdpa-math          fp16, bf16  0.84  1.03  1.11    4.29  2.49  2.93
+    CPU     sdpa-flash, sdpa-math, numba   ieee        2.11  1.00  2.34    2.10  1.25  2.31
+
+Below 64 rows luck decides: forward 2.45, 2.46, 2.59 and backward 2.26, 1.79, 3.72 at most for ieee (numba).
 """
 
 from __future__ import annotations
@@ -62,9 +70,11 @@ ROUNDING = {
     "fp16": Rounding(2.0**-11, 2.0**-24),
     "bf16": Rounding(2.0**-8, 2.0**-24),
 }
-_LOW = Budget(a=2, b=1.25, c=1.5, eps=1, floor=0.25), Budget(a=8, b=3, c=4, eps=1, floor=0.25)
-_WIDE = Budget(a=4, b=3, c=4, eps=1, floor=1), Budget(a=4, b=3, c=4, eps=1, floor=1)
-# class -> (forward, backward)
+# (forward, backward); where they come from: the table in the module's docstring.
+_LOW = Budget(a=2, b=1.25, c=1.5, eps=1, floor=0.25), Budget(a=6, b=3.5, c=4, eps=1, floor=0.25)
+# T3 of the fp32 classes is wide: a row is as exact as its logits, and an FFMA product over head_dim that sums in
+# sequence loses several times what the emulation's does, which sums in parts (H200, 8192 keys: 13 x in the worst row).
+_WIDE = Budget(a=4, b=3, c=20, eps=1, floor=1), Budget(a=4, b=3, c=10, eps=1, floor=1)
 BUDGETS = {name: _LOW if name in ("fp16", "bf16", "tf32") else _WIDE for name in ROUNDING}
 
 
