@@ -76,7 +76,7 @@ FP64_PER_FP32 = 2.0**-29
 def ieee_matmul() -> Iterator[None]:
     """Float32 matmuls are IEEE float32 inside, whatever torch is set to; the setting is restored after."""
     # Not allow_tf32: reading it raises when the caller has used the newer setting for the same thing.
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:
@@ -173,47 +173,52 @@ def _attend(maths, q, k, v, do, causal, window, softcap, alibi_slopes, scale, si
             s = s - alibi_slopes[g] * _distance(rows, seq_q, seq_kv, dev).abs().to(work)
         return s.masked_fill(~keep, -torch.inf), tanh
 
-    for g, rows in _blocks(groups, group, seq_q, seq_kv, SCRATCH_BYTES[dev.type]):
-        if rows.start == 0:  # a new block of groups
-            kb, vb = k[g].to(work), v[g].to(work)
-            dk, dv, dk_sq, dv_sq = 0, 0, 0, 0
-        qb = q[g, :, rows].to(work)
-        keep = _visible(rows, seq_q, seq_kv, causal, window, dev)
-        s, tanh = scores(qb, kb, g, rows, keep)
-        lse = s.logsumexp(-1, keepdim=True)  # -inf for a row that sees no key
-        p = _weights(s, lse, keep)
-        o = _visible_product(maths, _operand(p, maths), keep, vb).to(maths.out)
-        out["o"][g, :, rows], out["lse"][g, :, rows] = o, lse[..., 0]
-        if sizes:
-            p_sq = p.square()
-            out["size_o"][g, :, rows] = _size(p_sq @ _msq(vb)[:, None], o)
-            out["size_lse"][g, :, rows] = 1 + (p * s.abs().masked_fill(~keep, 0)).sum(-1)
-        if do is None:
-            continue
-        if maths is not _ORACLE:
-            # Recomputed in another order of summing, as a backward kernel may: with the forward's own rounding errors
-            # many of them would cancel, here in exp(s - lse) and in dp - delta.
-            s, tanh = scores(qb.flip(-1), kb.flip(-1), g, rows, keep)
+    for g, row_blocks in _blocks(groups, group, seq_q, seq_kv, SCRATCH_BYTES[dev.type]):
+        kb, vb = k[g].to(work), v[g].to(work)
+        dk, dv, dk_sq, dv_sq = (
+            torch.zeros_like(kb),
+            torch.zeros_like(vb),
+            torch.zeros_like(_msq(kb)),
+            torch.zeros_like(_msq(vb)),
+        )
+        for rows in row_blocks:
+            qb = q[g, :, rows].to(work)
+            keep = _visible(rows, seq_q, seq_kv, causal, window, dev)
+            s, tanh = scores(qb, kb, g, rows, keep)
+            lse = s.logsumexp(-1, keepdim=True)  # -inf for a row that sees no key
             p = _weights(s, lse, keep)
-        dob = do[g, :, rows].to(work)
-        dp = maths.product(dob.flatten(1, 2), vb.mT).unflatten(1, (group, -1))
-        delta = (dob * o.to(work)).sum(-1, keepdim=True)
-        slope = 1 if tanh is None else 1 - tanh**2  # d/dx c*tanh(x/c) = 1 - tanh(x/c)^2
-        ds = p * (dp - delta) * slope
-        ds = _operand(ds.masked_fill(~keep, 0), maths)
-        dq = _visible_product(maths, ds, keep, kb) * scale
-        out["dq"][g, :, rows] = dq
-        # The sum over a group's heads happens inside the product.
-        keep_t = keep.repeat(group, 1).mT
-        dk = dk + _visible_product(maths, ds.flatten(1, 2).mT, keep_t, qb.flatten(1, 2)) * scale
-        dv = dv + _visible_product(maths, _operand(p, maths).flatten(1, 2).mT, keep_t, dob.flatten(1, 2))
-        if sizes:
-            ds_sq = p_sq * (scale * slope) ** 2 * (dp**2 + delta**2 + dim * _msq(dob) * _msq(vb)[:, None].mT)
-            ds_sq = ds_sq.masked_fill(~keep, 0)
-            out["size_dq"][g, :, rows] = _size(ds_sq @ _msq(kb)[:, None], dq)
-            dk_sq = dk_sq + ds_sq.flatten(1, 2).mT @ _msq(qb).flatten(1, 2)
-            dv_sq = dv_sq + p_sq.flatten(1, 2).mT @ _msq(dob).flatten(1, 2)
-        if rows.stop == seq_q:
+            o = _visible_product(maths, _operand(p, maths), keep, vb).to(maths.out)
+            out["o"][g, :, rows], out["lse"][g, :, rows] = o, lse[..., 0]
+            if sizes:
+                out["size_o"][g, :, rows] = _size(p.square() @ _msq(vb)[:, None], o)
+                out["size_lse"][g, :, rows] = 1 + (p * s.abs().masked_fill(~keep, 0)).sum(-1)
+            if do is None:
+                continue
+
+            if maths is not _ORACLE:
+                # Recomputed in another order of summing, as a backward kernel may: with the forward's own rounding
+                # errors many of them would cancel, here in exp(s - lse) and in dp - delta.
+                s, tanh = scores(qb.flip(-1), kb.flip(-1), g, rows, keep)
+                p = _weights(s, lse, keep)
+            dob = do[g, :, rows].to(work)
+            dp = maths.product(dob.flatten(1, 2), vb.mT).unflatten(1, (group, -1))
+            delta = (dob * o.to(work)).sum(-1, keepdim=True)
+            slope = 1 if tanh is None else 1 - tanh**2  # d/dx c*tanh(x/c) = 1 - tanh(x/c)^2
+            ds = _operand((p * (dp - delta) * slope).masked_fill(~keep, 0), maths)
+            dq = _visible_product(maths, ds, keep, kb) * scale
+            out["dq"][g, :, rows] = dq
+            # The sum over a group's heads happens inside the product.
+            keep_t = keep.repeat(group, 1).mT
+            dk += _visible_product(maths, ds.flatten(1, 2).mT, keep_t, qb.flatten(1, 2)) * scale
+            dv += _visible_product(maths, _operand(p, maths).flatten(1, 2).mT, keep_t, dob.flatten(1, 2))
+            if sizes:
+                p_sq = p.square()
+                ds_sq = p_sq * (scale * slope) ** 2 * (dp**2 + delta**2 + dim * _msq(dob) * _msq(vb)[:, None].mT)
+                ds_sq = ds_sq.masked_fill(~keep, 0)
+                out["size_dq"][g, :, rows] = _size(ds_sq @ _msq(kb)[:, None], dq)
+                dk_sq += ds_sq.flatten(1, 2).mT @ _msq(qb).flatten(1, 2)
+                dv_sq += p_sq.flatten(1, 2).mT @ _msq(dob).flatten(1, 2)
+        if do is not None:
             out["dk"][g, 0], out["dv"][g, 0] = dk, dv
             if sizes:
                 out["size_dk"][g, 0], out["size_dv"][g, 0] = _size(dk_sq, dk), _size(dv_sq, dv)
@@ -221,16 +226,16 @@ def _attend(maths, q, k, v, do, causal, window, softcap, alibi_slopes, scale, si
     return {name: x.unflatten(0, (batch, heads_kv)).flatten(1, 2) for name, x in out.items()}
 
 
-def _blocks(groups: int, group: int, seq_q: int, seq_kv: int, scratch: int) -> Iterator[tuple[slice, slice]]:
-    """(groups, rows) slices: many whole groups when they are small, a few rows of one group when it is large."""
+def _blocks(groups: int, group: int, seq_q: int, seq_kv: int, scratch: int) -> Iterator[tuple[slice, list[slice]]]:
+    """(groups, blocks of rows): many whole groups when they are small, a few rows of one group when it is large."""
     if seq_kv == 0:
         return
     budget = scratch // (8 * _LIVE)
     many = max(1, budget // max(1, group * seq_q * seq_kv))
-    rows = seq_q if many > 1 else max(1, budget // (group * seq_kv))
+    rows = max(1, seq_q if many > 1 else budget // (group * seq_kv))
+    row_blocks = [slice(row, min(row + rows, seq_q)) for row in range(0, seq_q, rows)]
     for first in range(0, groups, many):
-        for row in range(0, seq_q, max(1, rows)):
-            yield slice(first, min(first + many, groups)), slice(row, min(row + rows, seq_q))
+        yield slice(first, min(first + many, groups)), row_blocks
 
 
 def _distance(rows: slice, seq_q: int, seq_kv: int, device) -> torch.Tensor:
