@@ -37,16 +37,23 @@ class NumbaCPU(Backend):
 
         return f"numba {numba.__version__}"
 
+    def scratch_bytes(self, problem):
+        """The copies of dq that a backward sums up; the tiles of the threads are small beside any operand."""
+        if problem.pass_ == "fwd":
+            return 0
+        copies = key_splits(problem.batch * problem.heads_kv, problem.seq_kv)
+        return 4 * copies * problem.batch * problem.heads_q * problem.seq_q * (problem.head_dim + 31)
+
     def forward(self, q, k, v, spec):
         """(o, lse), both contiguous."""
         from flash2.backends import numba_kernels as kernels
 
         sizes, band, slopes = arguments(q, k, spec)
         q, k, v = (x.detach().contiguous() for x in (q, k, v))
-        o, lse = torch.empty_like(q), torch.empty(q.shape[:3])
+        o, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
         with launch() as threads:
-            scratch = torch.empty(threads * kernels.forward_floats(sizes[5]))
-            counter = torch.zeros(1, dtype=torch.int64)
+            scratch = q.new_empty(threads * kernels.forward_floats(sizes[5]))
+            counter = q.new_zeros(1, dtype=torch.int64)
             kernels.forward(
                 threads, flat(scratch), flat(counter), flat(q), flat(k), flat(v),
                 flat(o), flat(lse), flat(slopes), sizes, band, spec.scale, spec.softcap,
@@ -54,7 +61,7 @@ class NumbaCPU(Backend):
         return o, lse
 
     def backward(self, do, q, k, v, o, lse, spec):
-        """(dq, dk, dv), contiguous; needs heads_q * seq_q * head_dim floats more per split of the keys."""
+        """(dq, dk, dv), contiguous; see scratch_bytes for what it takes beyond them."""
         from flash2.backends import numba_kernels as kernels
 
         sizes, band, slopes = arguments(q, k, spec)
@@ -62,10 +69,10 @@ class NumbaCPU(Backend):
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         batch, heads_q, heads_kv, seq_q, seq_kv, head_dim = sizes
         splits, width = key_splits(batch * heads_kv, seq_kv), kernels.wide(head_dim)
-        sums = dq if (splits, width) == (1, head_dim) else torch.empty(splits * batch * heads_q * seq_q * width)
+        sums = dq if (splits, width) == (1, head_dim) else q.new_empty(splits * batch * heads_q * seq_q * width)
         with launch() as threads:
-            scratch = torch.empty(threads * kernels.backward_floats(sizes))
-            counter = torch.zeros(1 + batch * heads_kv, dtype=torch.int64)
+            scratch = q.new_empty(threads * kernels.backward_floats(sizes))
+            counter = q.new_zeros(1 + batch * heads_kv, dtype=torch.int64)
             kernels.backward(
                 threads, flat(scratch), flat(counter), splits, flat(do), flat(q), flat(k), flat(v), flat(o), flat(lse),
                 flat(sums), flat(dq), flat(dk), flat(dv), flat(slopes), sizes, band, spec.scale, spec.softcap,
@@ -88,7 +95,7 @@ def arguments(q, k, spec: Spec):
 
     left, right = spec.band
     band = (OPEN if left is None else min(left, OPEN), OPEN if right is None else min(right, OPEN))
-    slopes = torch.empty(0)
+    slopes = q.new_empty(0)
     if spec.alibi_slopes is not None:
         slopes = spec.alibi_slopes.expand(q.shape[0], q.shape[1]).contiguous()
     return (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]), band, slopes

@@ -108,6 +108,18 @@ def test_stride_zero():
         assert torch.equal(mine, dense)
 
 
+def test_default_dtype_does_not_matter():
+    given = problem(40, 70, 24)
+    expected = run(*given)
+    torch.set_default_dtype(torch.float64)
+    try:
+        outputs = run(*given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for mine, before in zip(outputs, expected, strict=True):
+        assert mine.dtype == torch.float32 and torch.equal(mine, before)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["q", "k", "v", "do"])
 def test_bad_numbers_stay_with_their_pairs(where, value):
