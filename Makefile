@@ -21,7 +21,7 @@ types: $(READY)
 
 # Generated pages and tables are what the results files say.
 docs-check: $(READY)
-	$(BIN)/python bench.py report --check $$(find docs/results -name '*.jsonl') --into README.md
+	$(BIN)/python bench.py report --check $$(find docs/results -name '*.jsonl' | sort) --into README.md --into docs/reproducibility.md
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d" % sys.version_info[:2])'

@@ -199,18 +199,19 @@ class Group:
                 }
             operation = Operation(backend, problem, self.probe(PROBE_INPUTS[0])[0])
             build_ms, peak_bytes = self._first_calls(operation)
+            error: dict[str, float | None] = {}
             for distribution in PROBE_INPUTS:
                 inputs, judge = self.probe(distribution)
                 verdict = judge.check(self._honest_call(Operation(backend, problem, inputs)), precision)
+                error = verdict.error
                 if not verdict.ok:
-                    reason = f"{distribution} inputs: {verdict.reason}"
-                    return {"status": "wrong", "reason": reason, "error": verdict.error}
+                    return {"status": "wrong", "reason": f"{distribution} inputs: {verdict.reason}", "error": error}
             kernels = kernel_names(operation, self.device)
             if reason := fallback(backend, kernels, self.device):
-                return {"status": "wrong", "reason": reason, "error": verdict.error, "kernels": kernels}
+                return {"status": "wrong", "reason": reason, "error": error, "kernels": kernels}
         timed = Operation(backend, problem, self.timed_inputs)
         return {
-            "status": "judged", "reason": "", "error": verdict.error, "kernels": kernels, "build_ms": build_ms,
+            "status": "judged", "reason": "", "error": error, "kernels": kernels, "build_ms": build_ms,
             "peak_bytes": peak_bytes, "operation": timed,
         }  # fmt: skip
 
