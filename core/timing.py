@@ -125,8 +125,8 @@ def time_interleaved(
         before_burst(name, 0)
         bursts[name] = max(1, min(50, round(BURST_MS / max(min(timer.burst(call, 3)), 1e-3))))
     samples = {name: Samples() for name in calls}
-    end = _clock() + seconds
     with _no_gc():
+        end = _clock() + seconds
         for number in range(1, ROUNDS[1] + 1):
             for name, call in calls.items():
                 before_burst(name, number)
