@@ -112,9 +112,7 @@ class Sdpa(Backend):
                     f"backend {self.name!r}: torch will not run its kernel here: {error}"
                 ) from error
         if kernel != SDPBackend.MATH and o.requires_grad:
-            # A sum's gradient arrives with stride 0. And torch keeps cuDNN's plan by all shapes and strides but dO's:
-            # a dO in a second layout would be read through the first one's strides.
-            o.register_hook(torch.Tensor.contiguous if kernel in _CUDNN_MAY_RUN else dense)
+            o.register_hook(packed if kernel in _CUDNN_MAY_RUN else dense)  # a sum's gradient arrives with stride 0
         return (F.pad(o, (0, 0, empty, 0)) if empty else o), None
 
     def _kernel(self, dtype: str, device: torch.device) -> SDPBackend | None:
@@ -275,6 +273,12 @@ def dense(x: torch.Tensor) -> torch.Tensor:
     if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step and step % lanes == 0 for step in steps):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def packed(x: torch.Tensor) -> torch.Tensor:
+    """dense(x), and contiguous: torch keeps cuDNN's backward plan by all shapes and strides but dO's, so that a dO
+    in a second layout would be read through the first one's strides."""
+    return dense(x.contiguous())
 
 
 def _native(kernel: SDPBackend | None, device: torch.device, heads_q: int, heads_kv: int) -> bool:

@@ -27,6 +27,8 @@ from flash2.core.problem import Problem
 Emit = Callable[[dict[str, Any]], None]
 
 PROBE_INPUTS = ("needle", "half")  # judged before timing; what is timed, and judged again, is randn
+# What a profile holds beside kernels: the runtime's calls, the profiler's own marks, autograd's nodes, ours among them.
+BOOKKEEPING = re.compile(r"cuda[A-Z]|cu[A-Z]|\[|Activity|autograd::engine|_AttentionBackward$")
 # Kernels that do an attention's work. One that ran and is not the backend's own is a fallback.
 HEAVY = re.compile(r"gemm|gemv|matmul|::(b|add|baddb)?mm$|attention|flash|fmha|cutlass|cudnn", re.IGNORECASE)
 DEAD = 70  # exit code of a worker that can no longer be trusted
@@ -374,7 +376,7 @@ def kernel_names(operation: Operation, device: torch.device) -> list[str]:
             torch.cuda.synchronize(device)
     operation.release()
     names = (event.name for event in profile.events() or ())
-    return list(dict.fromkeys(name[:120] for name in names if not re.match(r"cuda[A-Z]|cu[A-Z]|\[|Activity", name)))
+    return list(dict.fromkeys(name[:120] for name in names if not BOOKKEEPING.match(name)))
 
 
 def fallback(backend: Backend, kernels: list[str], device: torch.device) -> str | None:
