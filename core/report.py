@@ -17,6 +17,7 @@ import tabulate as tabulate_module
 from tabulate import DataRow, TableFormat, tabulate
 
 from flash2.core.compare import Speedup, speedup
+from flash2.core.problem import PRECISIONS
 from flash2.core.results import Result, latest, read_results
 
 tabulate_module.MIN_PADDING = 0  # a column is as wide as what stands in it
@@ -185,20 +186,22 @@ def groups(results: Iterable[Result]) -> list[list[Result]]:
 
 
 def pivots(results: Sequence[Result]) -> str:
-    """TFLOP/s by sequence length, a Markdown table for each family of problems that differ in it only."""
+    """TFLOP/s by sequence length, a Markdown table for each family of problems that differ in it only. Rows of one
+    class stand together: they are what may be compared."""
     families: dict[str, list[Result]] = {}
     for result in results:
         families.setdefault(_family(result), []).append(result)
     parts = []
     for family, members in families.items():
         lengths = sorted({r.problem.seq_q for r in members})
+        classes = PRECISIONS[members[0].problem.dtype]
         rows: dict[tuple[str, str], dict[int, str]] = {}
         for r in members:
             cell = f"{r.tflops:.3g}" if r.tflops is not None else r.status
             rows.setdefault((r.backend, r.problem.precision or ""), {})[r.problem.seq_q] = cell
         lines = [
             [backend, precision, *(cells.get(n, "") for n in lengths)]
-            for (backend, precision), cells in rows.items()
+            for (backend, precision), cells in sorted(rows.items(), key=lambda row: classes.index(row[0][1]))
             if any(re.match(r"[\d.]", cell) or cell not in ("unsupported", "unavailable") for cell in cells.values())
         ]
         table = tabulate(lines, ["backend", "class", *map(str, lengths)], tablefmt="pipe", disable_numparse=True)

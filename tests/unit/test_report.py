@@ -1,0 +1,45 @@
+"""Tables are made of results files: what stands beside what, and what a marker in a document becomes."""
+
+import json
+
+from flash2.core.compare import Quantiles
+from flash2.core.problem import Problem
+from flash2.core.report import fill_tables, pivots
+from flash2.core.results import Result
+
+
+def result(backend, precision, seq, tflops=1.0, status="ok"):
+    problem = Problem(seq_q=seq, head_dim=64, precision=precision)
+    if status != "ok":
+        return Result(backend=backend, problem=problem, status=status, reason="because")
+    return Result(backend=backend, problem=problem, status=status, tflops=tflops, ms=Quantiles(1.0, 0.9, 1.1))
+
+
+def cells(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+
+
+def test_rows_of_one_class_stand_together_in_the_order_they_were_measured():
+    measured = [
+        result("sdpa", "tf32x3", 512), result("naive", "ieee", 512), result("naive", "tf32", 512),
+        result("math", "ieee", 512, 2.0), result("naive", "ieee", 1024, 3.0), result("math", "ieee", 1024, status="oom"),
+    ]  # fmt: skip
+    assert cells(pivots(measured)) == [
+        ["backend", "class", "512", "1024"],
+        ["naive", "ieee", "1", "3"],
+        ["math", "ieee", "2", "oom"],
+        ["naive", "tf32", "1", ""],
+        ["sdpa", "tf32x3", "1", ""],
+    ]
+
+
+def test_a_backend_that_cannot_take_part_has_no_row():
+    assert len(cells(pivots([result("a", "ieee", 512), result("b", "ieee", 512, status="unsupported")]))) == 2
+
+
+def test_a_marker_is_filled_from_the_file_beside_the_document(tmp_path):
+    (tmp_path / "r.jsonl").write_text(json.dumps(result("naive", "tf32", 512, 7.0).to_record()) + "\n")
+    (tmp_path / "d.md").write_text("a\n<!-- table: r.jsonl -->\nold\n<!-- /table -->\nb\n")
+    filled = fill_tables(tmp_path / "d.md")
+    assert filled.startswith("a\n<!-- table: r.jsonl -->\n") and filled.endswith("<!-- /table -->\nb\n")
+    assert "old" not in filled and cells(filled)[1] == ["naive", "tf32", "7"]
