@@ -28,7 +28,7 @@ Emit = Callable[[dict[str, Any]], None]
 
 PROBE_INPUTS = ("needle", "half")  # judged before timing; what is timed, and judged again, is randn
 # What a profile holds beside kernels: the runtime's calls, the profiler's own marks, autograd's nodes, ours among them.
-BOOKKEEPING = re.compile(r"cuda[A-Z]|cu[A-Z]|\[|Activity|autograd::engine|_AttentionBackward$")
+BOOKKEEPING = re.compile(r"cuda[A-Z]|cu[A-Z]|\[|Activity|autograd::engine|_Attention(Backward)?$")
 # Kernels that do an attention's work. One that ran and is not the backend's own is a fallback.
 HEAVY = re.compile(r"gemm|gemv|matmul|::(b|add|baddb)?mm$|attention|flash|fmha|cutlass|cudnn", re.IGNORECASE)
 DEAD = 70  # exit code of a worker that can no longer be trusted

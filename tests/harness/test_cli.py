@@ -156,6 +156,17 @@ def test_dry_run_and_print_config_measure_nothing(bench, tmp_path):
     assert not (tmp_path / "state").exists()
 
 
+def test_a_backward_on_the_cpu_ends_in_a_time(bench):
+    pytest.importorskip("numba")
+    done = bench(
+        "--backends", "numba,sdpa-flash", *TINY[2:], "--seqlen", "64", "--pass", "bwd", "--format", "json"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [(r["backend"], r["status"], r["reason"]) for r in json.loads(done.stdout)] == [
+        ("numba", "ok", ""), ("sdpa-flash", "ok", ""),
+    ]  # fmt: skip
+
+
 def test_list_explain_doctor(bench):
     listed = bench("list", "--device", "cpu")
     assert "naive" in listed.stdout and "needs a CUDA device" in " ".join(listed.stdout.split())
