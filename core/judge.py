@@ -12,11 +12,17 @@ tiny problem in which it happens to be exact raises no alarm. Why, and how the c
 
 Largest (a, b, c) that independent honest kernels needed on the calibration grid of tests/calibrate.py, seq >= 64:
 
-    device  kernels                        class       forward             backward
-    CPU     sdpa-flash, sdpa-math          fp16, bf16  0.84  1.03  1.11    4.29  2.49  2.93
-    CPU     sdpa-flash, sdpa-math, numba   ieee        2.11  1.00  2.34    2.10  1.25  2.31
+    device  kernels                          class       forward             backward
+    CPU     sdpa-flash, sdpa-math            fp16, bf16  0.84  1.03  1.11    4.10  2.49  2.93
+    CPU     sdpa-flash, sdpa-math, numba     ieee        2.11  1.00  2.34    2.12  1.25  2.31
+    H200    sdpa-flash, -cudnn, -efficient,  fp16, bf16  0.86  1.00  1.33    1.82  1.43  2.17
+            -math
+    H200    naive, sdpa-math                 ieee        4.73  2.43  6.62    7.39  3.70  4.49
+    H200    naive, sdpa-math                 tf32        0.39  0.38  0.78    0.42  0.39  1.16
+    H200    sdpa-efficient                   tf32x3      1.07  0.77  1.30    2.11  0.85  1.20
 
-Below 64 rows luck decides: forward 2.45, 2.46, 2.59 and backward 2.26, 1.79, 3.72 at most for ieee (numba).
+The ieee kernels of the H200 need that much at seq 4096 alone, and 2.00, 1.00, 1.52 at most below. Under 64 rows luck
+decides: forward 2.45, 2.46, 2.59 and backward 2.25, 1.79, 3.77 at most for ieee (numba on the CPU).
 """
 
 from __future__ import annotations
