@@ -1,7 +1,9 @@
 """Peaks belong to a class; no time may beat them."""
 
 import pytest
+import torch
 
+from flash2.core import environment
 from flash2.core.peaks import floor_ms, peak
 
 
@@ -16,6 +18,18 @@ def test_an_unknown_device_is_held_against_what_was_measured():
     assert peak("Some CPU", "ieee", {"ieee": 0.2}).source == "measured"
     assert peak("Some CPU", "bf16", {"ieee": 0.2}) is None
     assert floor_ms("Some CPU", "bf16", 10**12, 0, {"ieee": 0.2}) == 0
+
+
+@pytest.mark.parametrize("faster", [torch.Tensor, type(torch.ones(1).numpy())])
+def test_a_cpus_peak_is_its_better_blas(monkeypatch, faster):
+    class Timer:
+        """1 ms for a matmul of the faster library, 2 ms for the other's."""
+
+        def burst(self, call, count):
+            return [1.0 if isinstance(call(), faster) else 2.0] * count
+
+    monkeypatch.setattr(environment, "timer_for", lambda device: Timer())
+    assert environment.measured_ceilings(torch.device("cpu")) == {"ieee": pytest.approx(2 * 2048**3 / 1e9)}
 
 
 @pytest.mark.parametrize(
