@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Problem", "attention", "get_backend", "list_backends", "register_backend"]
 __version__ = "0.1.0"
+_functional = None
 
 
 def attention(
@@ -35,11 +36,12 @@ def attention(
     `backend` is a name from list_backends(), a Backend, or None for the device's default
     (backends.DEFAULTS). A backend that cannot run the problem raises; none is tried instead.
     """
-    from flash2.core.functional import attention as run  # torch is imported on first use, not with the package
-
+    global _functional
+    if _functional is None:  # torch is imported on first use, not with the package
+        from flash2.core import functional as _functional
     if backend is None or isinstance(backend, str):
-        backend = get_backend(backend or default_backend(q.device.type))
-    return run(
+        backend = _functional.constant(get_backend, backend or default_backend(q.device.type))
+    return _functional.attention(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
         precision=precision, backend=backend, return_lse=return_lse,
     )  # fmt: skip

@@ -86,6 +86,9 @@ class Backend:
     autograd: bool = False
     # True: the first call of every new shape compiles for seconds.
     compiles_per_shape: bool = False
+    # True: unavailable(), classes() and why_not() answer the same as long as the process lives, whatever torch's
+    # switches or the environment say, so that attention() asks once for each kind of call.
+    settled: bool = False
 
     def capability_on(self, device: torch.device) -> Capability:
         """What holds on `device`; override it where a library's kernels differ from one to the other

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from flash2.core.contract import DTYPE_NAMES, Backend, Spec, check_inputs
-from flash2.core.problem import Problem, Window
+from flash2.core.problem import Problem, Window, check_window
+
+T = TypeVar("T")
 
 
 def attention(
@@ -33,27 +38,80 @@ def attention(
     Raises TypeError or ValueError for arguments that make no sense, RuntimeError when the backend is
     unavailable, NotImplementedError, with every reason, when it does not support the problem.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
-    if torch.is_autocast_enabled(q.device.type):
-        low = torch.get_autocast_dtype(q.device.type)
+    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
+        name, tensor = next((n, x) for n, x in zip("qkv", (q, k, v), strict=True) if not isinstance(x, torch.Tensor))
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+    device_type = "cuda" if q.is_cuda else q.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    if autocast:
+        low = torch.get_autocast_dtype(device_type)
         q, k, v = (x.to(low) if x.dtype == torch.float32 else x for x in (q, k, v))
-    precision = precision or default_precision(backend, q)
-    problem, spec = check_inputs(
-        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap,
-        alibi_slopes=alibi_slopes, precision=precision,
-    )  # fmt: skip
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if needs_grad:
-        problem = problem.replace(pass_="fwd+bwd")
-    refuse_unsupported(backend, problem, q.device, lse=return_lse)
-    with torch.autocast(q.device.type, enabled=False):  # cast once, above: not again inside a backend's float32 maths
+    admit = _admit_once if backend.settled and not torch.compiler.is_compiling() else _admit
+    spec = admit(
+        backend, q, k, v, alibi_slopes, bool(causal), None if scale is None else float(scale),
+        None if window is None else check_window(window), float(softcap), None if precision is None else str(precision),
+        needs_grad, return_lse,
+    )  # fmt: skip
+    # Cast once, above: not again inside a backend's float32 maths.
+    with torch.autocast(device_type, enabled=False) if autocast else _NOTHING:
         o, lse = run(backend, q, k, v, spec, needs_grad=needs_grad)
     if not return_lse:
         return o
     assert lse is not None, f"{backend.name} declares lse and returned none"
     return o, lse
+
+
+def _admit(backend, q, k, v, alibi_slopes, causal, scale, window, softcap, precision, needs_grad, lse) -> Spec:
+    """The Spec of a call that makes sense and that `backend` can run; raises for any other."""
+    problem, spec = check_inputs(
+        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap,
+        alibi_slopes=alibi_slopes, precision=precision or default_precision(backend, q),
+    )  # fmt: skip
+    if needs_grad:
+        problem = problem.replace(pass_="fwd+bwd")
+    refuse_unsupported(backend, problem, q.device, lse=lse)
+    return spec
+
+
+# What a settled backend admitted: every check of _admit reads no more of a call than its key holds. The entry
+# holds the backend too, so that its id stays its own.
+_admitted: dict[tuple, tuple[Backend, Spec]] = {}
+_ADMITTED_LIMIT = 1 << 12  # a decoder's seq_kv grows for ever
+
+
+def _admit_once(backend, q, k, v, alibi_slopes, *options) -> Spec:
+    """_admit(), remembered: the checks cost more host time than a launch."""
+    slopes = alibi_slopes
+    key = (
+        id(backend), q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, options,
+        None if slopes is None else (slopes.shape, slopes.dtype, slopes.device, slopes.requires_grad),
+    )  # fmt: skip
+    known = _admitted.get(key)
+    if known is None:
+        spec = _admit(backend, q, k, v, alibi_slopes, *options)
+        if len(_admitted) >= _ADMITTED_LIMIT:
+            _admitted.clear()
+        known = _admitted[key] = backend, dataclasses.replace(spec, alibi_slopes=None)
+    spec = known[1]
+    return spec if slopes is None else dataclasses.replace(spec, alibi_slopes=slopes)
+
+
+_constants: dict[tuple, Any] = {}
+
+
+def constant(function: Callable[..., T], *arguments: Any) -> T:
+    """function(*arguments). torch.compile does not trace the call: it makes it once, and its graph reads the result."""
+    if not torch.compiler.is_compiling():
+        return function(*arguments)
+    _call(function, *arguments)
+    return _constants[function, arguments]
+
+
+@torch.compiler.assume_constant_result
+def _call(function, *arguments) -> bool:
+    _constants[function, arguments] = function(*arguments)
+    return True  # an object made here would be one that the graph cannot guard
 
 
 def default_precision(backend: Backend, q: torch.Tensor) -> str | None:
@@ -81,7 +139,7 @@ def run(
         return _empty(q, k, v)
     if spec.window is not None and (hidden := hidden_keys(spec, q.shape[2], k.shape[2])):
         k, v = k[:, :, hidden:], v[:, :, hidden:]  # bottom-right alignment does not move
-    with _on_device(q.device):
+    with _on_device(q):
         if backend.autograd or not needs_grad:
             return backend.forward(q, k, v, spec)
         return _Attention.apply(q, k, v, spec, backend)
@@ -101,9 +159,15 @@ def _empty(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Ten
     return o, torch.full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
 
 
-def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    # Kernels launch on the current device; the tensors decide which that is.
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+_NOTHING = contextlib.nullcontext()
+
+
+def _on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    # Kernels launch on the current device; the tensors decide which that is. To enter the one that is current would
+    # cost a fifth of a call, and a compiled graph takes care of its devices itself.
+    if not x.is_cuda or torch.compiler.is_compiling() or x.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(x.device)
 
 
 class _Attention(torch.autograd.Function):
@@ -118,7 +182,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, _dlse):  # pyright: ignore[reportIncompatibleMethodOverride]  torch's own signature is *args
         q, k, v, o, lse = ctx.saved_tensors
-        with torch.no_grad(), _on_device(q.device):
+        with torch.no_grad(), _on_device(q):
             grads = ctx.backend.backward(do, q, k, v, o, lse, ctx.spec)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _NoSecondDerivative.apply(do, q, k, v, *grads)

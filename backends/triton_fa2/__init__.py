@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import os
 
@@ -18,6 +19,7 @@ class TritonFA2(Backend):
     """The project's own portable kernel; deterministic, forward and backward."""
 
     name = "triton"
+    settled = True
     capability = Capability(
         devices=("cuda", "cpu") if INTERPRET else ("cuda",),
         # bf16x6 is more exact than ieee's own fma chains on this hardware, and faster: docs/performance.md
@@ -40,11 +42,7 @@ class TritonFA2(Backend):
 
     def unavailable(self) -> str | None:
         """Triton missing, or no GPU to run it on (and no interpreter asked for)."""
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed; pip install 'flash2-triton[triton]'"
-        if not INTERPRET and not torch.cuda.is_available():
-            return "no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests"
-        return None
+        return _lacking()
 
     def version(self) -> str:
         """Triton's version."""
@@ -52,14 +50,37 @@ class TritonFA2(Backend):
 
         return f"triton {triton.__version__}"
 
+    @property
+    def autograd(self) -> bool:
+        """Where torch.compile traces, forward is an operator of torch that brings its derivative; in an eager call
+        attention() adds it, which costs less than torch's dispatcher."""
+        return torch.compiler.is_compiling()
+
     def forward(self, q, k, v, spec):
         """(o, lse), one kernel."""
-        from flash2.backends.triton_fa2 import launch
+        if torch.compiler.is_compiling():
+            from flash2.backends.triton_fa2 import ops
 
-        return launch.attend(q, k, v, spec)
+            return ops.attend(q, k, v, spec)
+        return _launch().attend(q, k, v, spec)
 
     def backward(self, do, q, k, v, o, lse, spec):
         """(dq, dk, dv), three kernels, no atomics: bitwise reproducible."""
-        from flash2.backends.triton_fa2 import launch
+        return _launch().differentiate(do, q, k, v, o, lse, spec)
 
-        return launch.differentiate(do, q, k, v, o, lse, spec)
+
+@torch.compiler.assume_constant_result  # nothing here that a compiler could trace
+def _lacking() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'flash2-triton[triton]'"
+    if not INTERPRET and not torch.cuda.is_available():
+        return "no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests"
+    return None
+
+
+@functools.cache
+def _launch():
+    # Imports Triton, on first use; an import statement in every call would cost a tenth of the launch.
+    from flash2.backends.triton_fa2 import launch
+
+    return launch
