@@ -61,13 +61,15 @@ def describe(resolve: str, name: str, device: torch.device) -> dict[str, Any]:
 def _why_not(emit: Emit, resolve: str, device: str, backends: list[str], problem: dict[str, Any]) -> None:
     asked, where = Problem.from_dict(problem), pick_device(device)
     for name in backends:
-        answer: dict[str, Any] = {"event": "why_not", "name": name, "reasons": [], "nearest": None}
+        answer: dict[str, Any] = {"event": "why_not", "name": name, "reasons": [], "nearest": None, "details": []}
         try:
             backend = _backend(resolve, name)
             answer["unavailable"] = backend.unavailable()
             answer["reasons"] = backend.why_not(asked, where)
             if answer["reasons"] and (nearest := nearest_supported(backend, asked, where)):
                 answer["nearest"] = nearest.to_dict()
+            if not answer["reasons"] and not answer["unavailable"]:
+                answer["details"] = backend.details(asked, where)
         except ImportError as error:
             answer["unavailable"] = str(error)
         emit(answer)

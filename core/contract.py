@@ -115,6 +115,10 @@ class Backend:
         """Every reason, in words, why `problem` cannot run on `device`; empty if it can."""
         return capability_gaps(self.capability_on(device), problem, device)
 
+    def details(self, problem: Problem, device: torch.device) -> list[str]:
+        """How it would run `problem`, one line each (which kernel, which tiles, and why), for `explain`."""
+        return []
+
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

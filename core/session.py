@@ -184,6 +184,7 @@ def _explain(problem: Problem, answers: list[dict[str, Any]]) -> str:
     lines = [problem.key(), f"  can run it: {', '.join(able) or 'none of them'}"]
     for answer in answers:
         if answer["name"] in able:
+            lines += [f"  {answer['name']}: {line}" for line in answer["details"]]
             continue
         reasons = ([f"unavailable: {answer['unavailable']}"] if answer["unavailable"] else []) + answer["reasons"]
         lines.append(f"  {answer['name']}: {'; '.join(reasons)}")

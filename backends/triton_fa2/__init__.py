@@ -56,17 +56,45 @@ class TritonFA2(Backend):
         attention() adds it, which costs less than torch's dispatcher."""
         return torch.compiler.is_compiling()
 
+    def __init__(self) -> None:
+        self.pins: dict = {}
+
+    def pin(self, **texts: str) -> TritonFA2:
+        """This backend with some kernels fixed to a configuration, until unpinned by pin(): pin(fwd="64x128 w4 s2 tma").
+
+        Kernels: fwd, dkdv, dk, dv, dq. Raises ValueError for another name or a configuration that is none. What the
+        compiler cannot build is raised by the call that needs it. torch.compile takes FLASH2_TRITON_PIN alone.
+        """
+        from flash2.backends.triton_fa2 import configs
+
+        self.pins = configs.parse_pins("; ".join(f"{kernel}={text}" for kernel, text in texts.items()))
+        return self
+
+    def details(self, problem, device):
+        """Each kernel's configuration and where it comes from."""
+        found = _launch().configurations(problem, device, self.pins)
+        return [f"{kernel}: {config} ({source})" for kernel, (config, source) in found.items()]
+
+    def scratch_bytes(self, problem):
+        """The backward's row statistics, and bfloat16 parts of two tensors where float32 is split beforehand."""
+        statistics = 0 if problem.pass_ == "fwd" else 8 * problem.batch * problem.heads_q * (problem.seq_q + 128)
+        parts = {"bf16x3": 2, "bf16x6": 3, "tf32": 2}.get(problem.precision or "", 0)
+        rows = problem.heads_kv * problem.seq_kv
+        if problem.pass_ != "fwd":
+            rows = max(rows, problem.heads_q * problem.seq_q)
+        return statistics + 2 * 2 * parts * problem.batch * rows * problem.head_dim
+
     def forward(self, q, k, v, spec):
         """(o, lse), one kernel."""
         if torch.compiler.is_compiling():
             from flash2.backends.triton_fa2 import ops
 
             return ops.attend(q, k, v, spec)
-        return _launch().attend(q, k, v, spec)
+        return _launch().attend(q, k, v, spec, self.pins)
 
     def backward(self, do, q, k, v, o, lse, spec):
         """(dq, dk, dv), three kernels, no atomics: bitwise reproducible."""
-        return _launch().differentiate(do, q, k, v, o, lse, spec)
+        return _launch().differentiate(do, q, k, v, o, lse, spec, self.pins)
 
 
 @torch.compiler.assume_constant_result  # nothing here that a compiler could trace

@@ -18,7 +18,10 @@ from flash2.backends.triton_fa2.tiles import (
     load_rows,
     load_tile,
     logits,
+    operand,
+    split,
     store_tile,
+    turn,
     visible,
 )
 
@@ -42,8 +45,8 @@ def row_statistics(
     rows = start + tl.arange(0, BLOCK_M)
     o_head = head_of(o, batch, head, stride_ob, stride_oh, False)
     g_head = head_of(do, batch, head, stride_gb, stride_gh, False)
-    o_tile = load_tile(o_head, batch, head, start, seq_q, stride_om, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, False, WIDE)  # fmt: skip
-    g_tile = load_tile(g_head, batch, head, start, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, False, WIDE)  # fmt: skip
+    o_tile = load_tile(o_head, batch, head, start, seq_q, stride_om, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, False, WIDE, 1)  # fmt: skip
+    g_tile = load_tile(g_head, batch, head, start, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, False, WIDE, 1)  # fmt: skip
     dots = tl.sum(o_tile.to(tl.float32) * g_tile.to(tl.float32), 1)
     lse_row = tl.load(lse + (pid // tiles).to(tl.int64) * seq_q + rows, mask=rows < seq_q, other=-float("inf"))
     lse_row = tl.where(lse_row == -float("inf"), float("inf"), lse_row * 1.4426950408889634)
@@ -61,10 +64,13 @@ def gradients_kv(
     heads_kv, group, seq_q, seq_kv, rows_padded, head_dim, left, right, scale, cap, dscale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     UNEVEN: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, PARTS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dv[j] = sum_i p[i,j] do[i] and dk[j] = sum_i ds[i,j] q[i], BLOCK_N keys of one head, all its query heads."""
+    """dv[j] = sum_i p[i,j] do[i] and dk[j] = sum_i ds[i,j] q[i], BLOCK_N keys of one head, all its query heads.
+
+    DK and DV say which of them: where both accumulators do not fit into the registers, two launches are faster.
+    """
     pid = tl.program_id(0)
     tiles = tl.cdiv(seq_kv, BLOCK_N)
     tile = pid % tiles  # with a causal mask the first keys are seen by the most rows, and start first
@@ -93,10 +99,15 @@ def gradients_kv(
 
     k_head = head_of(k, batch, head_kv, stride_kb, stride_kh, TMA)
     v_head = head_of(v, batch, head_kv, stride_vb, stride_vh, TMA)
-    k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
-    v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
-    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, True, TMA, WIDE, 1)  # fmt: skip
+    k_tile = split(k_tile, PARTS)
+    v_tile, dk_acc, dv_acc = 0.0, 0.0, 0.0
+    if DK:
+        v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, True, TMA, WIDE, 1)  # fmt: skip
+        v_tile = split(v_tile, PARTS)
+        dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if DV:
+        dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for member in range(group):  # the query heads that share this key head, in one fixed order
         head = head_kv * group + member
         q_head = head_of(q, batch, head, stride_qb, stride_qh, TMA)
@@ -109,27 +120,29 @@ def gradients_kv(
             dk_acc, dv_acc = gather_kv(
                 dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
                 lo, hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
-                slope, EDGES if LEFT or RIGHT else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
+                slope, EDGES if LEFT or RIGHT else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, DK, DV, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
         else:
             if RIGHT:
                 dk_acc, dv_acc = gather_kv(
                     dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
                     lo, full_lo, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
-                    slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
+                    slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, DK, DV, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
             dk_acc, dv_acc = gather_kv(
                 dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
                 full_lo, full_hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
-                slope, NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
+                slope, NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, DK, DV, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
             if LEFT:
                 dk_acc, dv_acc = gather_kv(
                     dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
                     full_hi, hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
-                    slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
+                    slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, DK, DV, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
 
     dk_head = head_of(dk, batch, head_kv, stride_dkb, stride_dkh, False)
     dv_head = head_of(dv, batch, head_kv, stride_dvb, stride_dvh, False)
-    store_tile(dv_head, dv_acc, start_n, seq_kv, stride_dvn, head_dim, BLOCK_N, BLOCK_D, WIDE)
-    store_tile(dk_head, dk_acc * dscale, start_n, seq_kv, stride_dkn, head_dim, BLOCK_N, BLOCK_D, WIDE)
+    if DV:
+        store_tile(dv_head, dv_acc, start_n, seq_kv, stride_dvn, head_dim, BLOCK_N, BLOCK_D, WIDE)
+    if DK:
+        store_tile(dk_head, dk_acc * dscale, start_n, seq_kv, stride_dkn, head_dim, BLOCK_N, BLOCK_D, WIDE)
 
 
 @triton.jit
@@ -138,16 +151,16 @@ def gather_kv(
     lo, hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap, slope,
     MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     UNEVEN: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What query rows [lo, hi) add to dk (without the scale) and dv, on transposed tiles; those inside
     [full_lo, full_hi) need no mask."""
     for start_m in tl.range(lo, hi, BLOCK_M, num_stages=STAGES):
         start_m = tl.multiple_of(start_m, BLOCK_M)
         i = start_m + tl.arange(0, BLOCK_M) + offset
-        q_tile = load_tile(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, UNEVEN, TMA, WIDE)  # fmt: skip
+        q_tile = load_tile(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, UNEVEN, TMA, WIDE, PARTS)  # fmt: skip
         lse_row = load_rows(lse2, row, start_m, rows_padded, BLOCK_M, TMA)
-        s = dot(k_tile, tl.trans(q_tile), None, PRECISION)  # [BLOCK_N, BLOCK_M]
+        s = dot(k_tile, turn(q_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_N, BLOCK_M]
         s, t = logits(s, i[None, :], j[:, None], scale, cap, slope, SOFTCAP, ALIBI)
         p = tl.exp2(s - lse_row[None, :])
         if MASK == ALL:
@@ -155,14 +168,16 @@ def gather_kv(
         elif MASK == EDGES:
             if (start_m < full_lo) | (start_m >= full_hi):
                 p = tl.where(visible(i[None, :], j[:, None], seq_kv, left, right, LEFT, RIGHT, False), p, 0.0)
-        g_tile = load_tile(g_head, batch, head, start_m, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, UNEVEN, TMA, WIDE)  # fmt: skip
-        dv_acc = dot(p.to(g_tile.dtype), g_tile, dv_acc, PRECISION)  # [BLOCK_N, BLOCK_D]
-        delta_row = load_rows(delta, row, start_m, rows_padded, BLOCK_M, TMA)
-        dp = dot(v_tile, tl.trans(g_tile), None, PRECISION)  # [BLOCK_N, BLOCK_M]
-        ds = p * (dp - delta_row[None, :])
-        if SOFTCAP:
-            ds = ds * (1.0 - t * t)
-        dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc, PRECISION)  # [BLOCK_N, BLOCK_D]
+        g_tile = load_tile(g_head, batch, head, start_m, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, UNEVEN, TMA, WIDE, PARTS)  # fmt: skip
+        if DV:
+            dv_acc = dot(operand(p, g_tile, PARTS), g_tile, dv_acc, PRECISION, PARTS)  # [BLOCK_N, BLOCK_D]
+        if DK:
+            delta_row = load_rows(delta, row, start_m, rows_padded, BLOCK_M, TMA)
+            dp = dot(v_tile, turn(g_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_N, BLOCK_M]
+            ds = p * (dp - delta_row[None, :])
+            if SOFTCAP:
+                ds = ds * (1.0 - t * t)
+            dk_acc = dot(operand(ds, q_tile, PARTS), q_tile, dk_acc, PRECISION, PARTS)  # [BLOCK_N, BLOCK_D]
     return dk_acc, dv_acc
 
 
@@ -174,7 +189,7 @@ def gradients_q(
     heads, group, seq_q, seq_kv, rows_padded, head_dim, left, right, scale, cap, dscale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, TAIL: tl.constexpr,
     UNEVEN: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, PARTS: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq[i] = sum_j ds[i,j] k[j], BLOCK_M rows of one head."""
@@ -197,8 +212,10 @@ def gradients_q(
     g_head = head_of(do, batch, head, stride_gb, stride_gh, TMA)
     k_head = head_of(k, batch, head // group, stride_kb, stride_kh, TMA)
     v_head = head_of(v, batch, head // group, stride_vb, stride_vh, TMA)
-    q_tile = load_tile(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
-    g_tile = load_tile(g_head, batch, head, start_m, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
+    q_tile = load_tile(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE, 1)  # fmt: skip
+    g_tile = load_tile(g_head, batch, head, start_m, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE, 1)  # fmt: skip
+    q_tile = split(q_tile, PARTS)
+    g_tile = split(g_tile, PARTS)
     lse_row = load_rows(lse2, pid // tiles, start_m, rows_padded, BLOCK_M, TMA)
     delta_row = load_rows(delta, pid // tiles, start_m, rows_padded, BLOCK_M, TMA)
     dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -207,22 +224,22 @@ def gradients_q(
         dq_acc = gather_q(
             dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, lo, hi,
             full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
-            EDGES if EDGE else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+            EDGES if EDGE else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
     else:
         if LEFT:
             dq_acc = gather_q(
                 dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, lo, full_lo,
                 full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
-                ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+                ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
         dq_acc = gather_q(
             dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, full_lo, full_hi,
             full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
-            NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+            NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
         if RIGHT or TAIL:
             dq_acc = gather_q(
                 dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, full_hi, hi,
                 full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
-                ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+                ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
     dq_head = head_of(dq, batch, head, stride_dqb, stride_dqh, False)
     store_tile(dq_head, dq_acc * dscale, start_m, seq_q, stride_dqm, head_dim, BLOCK_M, BLOCK_D, WIDE)
 
@@ -233,17 +250,17 @@ def gather_q(
     full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
     MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     UNEVEN: tl.constexpr, TAIL: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What keys [lo, hi) add to dq (without the scale); those inside [full_lo, full_hi) need no mask."""
     LOAD_TAIL: tl.constexpr = UNEVEN and MASK != NONE
     for start_n in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         start_n = tl.multiple_of(start_n, BLOCK_N)
         j = start_n + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE)  # fmt: skip
-        v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE)  # fmt: skip
-        s = dot(q_tile, tl.trans(k_tile), None, PRECISION)  # [BLOCK_M, BLOCK_N]
-        dp = dot(g_tile, tl.trans(v_tile), None, PRECISION)  # [BLOCK_M, BLOCK_N]
+        k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
+        v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
+        s = dot(q_tile, turn(k_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_M, BLOCK_N]
+        dp = dot(g_tile, turn(v_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_M, BLOCK_N]
         s, t = logits(s, i[:, None], j[None, :], scale, cap, slope, SOFTCAP, ALIBI)
         p = tl.exp2(s - lse_row[:, None])
         ds = p * (dp - delta_row[:, None])
@@ -254,5 +271,5 @@ def gather_q(
         elif MASK == EDGES:
             if (start_n < full_lo) | (start_n >= full_hi):
                 ds = tl.where(visible(i[:, None], j[None, :], seq_kv, left, right, LEFT, RIGHT, TAIL), ds, 0.0)
-        dq_acc = dot(ds.to(k_tile.dtype), k_tile, dq_acc, PRECISION)  # [BLOCK_M, BLOCK_D]
+        dq_acc = dot(operand(ds, k_tile, PARTS), k_tile, dq_acc, PRECISION, PARTS)  # [BLOCK_M, BLOCK_D]
     return dq_acc

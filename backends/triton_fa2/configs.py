@@ -1,11 +1,25 @@
-"""Which tile sizes each kernel runs with: pinned, else tuned on this machine, else the frozen table, else a fallback."""
+"""Which tile sizes each kernel runs with: pinned, else tuned on this machine, else the frozen table, else a fallback.
+
+Sources, in this order: the backend's pins (TritonFA2.pin, or FLASH2_TRITON_PIN="fwd=64x128 w4 s2 tma; dq=..."), the
+cache of this machine's own tuning (cache_file()), TABLES, and, on a device TABLES does not know, autotuning, which
+fills the cache, unless FLASH2_TRITON_TUNE=0 asks for the fallback.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import os
+import re
+import tempfile
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
-KERNELS = ("fwd", "dkdv", "dq")
+KERNELS = ("fwd", "dkdv", "dk", "dv", "dq")
+FLAGS = ("tma", "ws", "one_loop", "late", "prepared", "split")
+EXAMPLE = "64x128 w4 s2 tma"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +28,10 @@ class TileConfig:
 
     tma loads q, k, v and do through tensor descriptors where their strides allow it (sm_90 and newer),
     ws asks the compiler to specialise warps (forward, sm_90 and newer). one_loop branches around the mask in one
-    loop over all tiles, instead of one loop for the full tiles and others for those at the edges.
+    loop over all tiles, instead of one loop for the full tiles and others for those at the edges. late (forward)
+    multiplies p by v one tile late, beside the next softmax. prepared (with tma, float32) has a kernel before it split
+    what many programs read into bfloat16 parts (bf16x3, bf16x6), or transpose v (tf32, forward). split (dkdv) launches
+    one kernel for dk and one for dv, by their own configurations.
     """
 
     block_m: int
@@ -24,14 +41,32 @@ class TileConfig:
     tma: bool = False
     ws: bool = False
     one_loop: bool = False
+    late: bool = False
+    prepared: bool = False
+    split: bool = False
 
     def __str__(self) -> str:
-        flags = "".join(f" {name}" for name in ("tma", "ws", "one_loop") if getattr(self, name))
+        flags = "".join(f" {name}" for name in FLAGS if getattr(self, name))
         return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}{flags}"
 
     def replace(self, **changes: object) -> TileConfig:
         """The same configuration with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def parse(text: str) -> TileConfig:
+    """The inverse of str(config). Raises ValueError in words for anything else."""
+    words = text.split()
+    found = re.fullmatch(r"(\d+)x(\d+) w(\d+) s(\d+)", " ".join(words[:3]))
+    if not found or (unknown := [word for word in words[3:] if word not in FLAGS]):
+        what = f"unknown flag {unknown[0]!r}" if found else "want ROWSxKEYS wWARPS sSTAGES"
+        raise ValueError(f"configuration {text!r}: {what}; flags: {', '.join(FLAGS)}; for example {EXAMPLE!r}")
+    m, n, warps, stages = map(int, found.groups())
+    if any(size < 16 or size & (size - 1) for size in (m, n)) or warps not in (1, 2, 4, 8, 16) or not 1 <= stages <= 8:
+        raise ValueError(
+            f"configuration {text!r}: sizes are powers of two from 16 on, warps 1 to 16 in powers of two, stages 1 to 8"
+        )
+    return TileConfig(block_m=m, block_n=n, num_warps=warps, num_stages=stages, **dict.fromkeys(words[3:], True))  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,16 +86,108 @@ class Key:
     seq: str
 
     def __str__(self) -> str:
-        return f"{self.kernel}-{self.arch}-{self.precision}-d{self.block_d}-{'masked' if self.masked else 'full'}-{self.seq}"
+        mask = "masked" if self.masked else "full"
+        return f"{self.kernel}-{self.arch}-{self.precision}-d{self.block_d}-{mask}-{self.seq}"
 
 
-def choose(key: Key) -> tuple[TileConfig, str]:
-    """(configuration, where it comes from)."""
+# Measured by tune.py; docs/performance.md says why these win. Rows hold for head_dims down to the next smaller one.
+TABLES = {
+    "sm90": """
+        fwd   bf16,fp16   64 full    64x128 w4 s2 tma late
+        fwd   bf16,fp16   64 masked  64x128 w4 s2 tma one_loop
+        fwd   bf16,fp16  128 full    128x64 w4 s2 tma
+        fwd   bf16,fp16  128 masked  64x64 w4 s3 tma one_loop
+        fwd   bf16,fp16  256 full    128x64 w8 s2 tma late
+        fwd   bf16,fp16  256 masked  128x64 w8 s2 tma late
+        dkdv  bf16,fp16   64 full    64x64 w4 s3 tma
+        dkdv  bf16,fp16   64 masked  64x64 w4 s3 tma
+        dkdv  bf16,fp16  128 full    64x64 w4 s2 tma
+        dkdv  bf16,fp16  128 masked  64x64 w4 s2 tma
+        dkdv  bf16,fp16  256 full    32x64 w8 s2 tma split
+        dkdv  bf16,fp16  256 masked  32x64 w8 s2 tma split
+        dk    bf16,fp16  256 full    32x128 w8 s3 tma
+        dk    bf16,fp16  256 masked  64x64 w4 s2 tma
+        dv    bf16,fp16  256 full    64x128 w8 s2 tma
+        dv    bf16,fp16  256 masked  64x128 w8 s2 tma
+        dq    bf16,fp16   64 full    64x128 w4 s3 tma
+        dq    bf16,fp16   64 masked  64x64 w4 s3 tma
+        dq    bf16,fp16  128 full    64x64 w4 s2 tma
+        dq    bf16,fp16  128 masked  128x64 w8 s3 tma
+        dq    bf16,fp16  256 full    128x32 w8 s3 tma
+        dq    bf16,fp16  256 masked  128x32 w8 s3 tma
+        fwd   tf32        64 full    128x64 w4 s2 tma prepared
+        fwd   tf32        64 masked  128x64 w8 s2 tma one_loop prepared
+        dkdv  tf32        64 full    64x128 w8 s3 tma
+        dkdv  tf32        64 masked  64x128 w8 s3 tma one_loop
+        dq    tf32        64 full    128x128 w8 s2 tma
+        dq    tf32        64 masked  128x64 w8 s3 tma one_loop
+        fwd   bf16x6      64 full    64x32 w4 s3 tma prepared
+        fwd   bf16x6      64 masked  64x32 w4 s3 tma prepared
+        dkdv  bf16x6      64 full    32x64 w4 s2 tma prepared split
+        dkdv  bf16x6      64 masked  32x64 w4 s2 tma prepared split
+        dk    bf16x6      64 full    64x64 w4 s2 tma prepared
+        dk    bf16x6      64 masked  64x64 w4 s2 tma one_loop prepared
+        dv    bf16x6      64 full    64x64 w4 s2 tma prepared
+        dv    bf16x6      64 masked  64x64 w4 s2 tma prepared
+        dq    bf16x6      64 full    64x64 w4 s2 tma prepared
+        dq    bf16x6      64 masked  64x64 w4 s2 tma one_loop prepared
+        fwd   bf16x3      64 full    64x64 w4 s2 tma late prepared
+        fwd   bf16x3      64 masked  64x64 w4 s2 tma one_loop prepared
+        dkdv  bf16x3      64 full    32x64 w4 s3 tma prepared
+        dkdv  bf16x3      64 masked  32x64 w4 s3 tma one_loop prepared
+        dq    bf16x3      64 full    64x32 w4 s3 tma prepared
+        dq    bf16x3      64 masked  64x32 w4 s3 tma prepared
+        fwd   tf32x3      64 full    128x64 w8 s3 tma
+        fwd   tf32x3      64 masked  128x64 w8 s3 tma
+        dkdv  tf32x3      64 full    32x128 w8 s3
+        dkdv  tf32x3      64 masked  32x128 w8 s2 one_loop
+        dq    tf32x3      64 full    128x32 w8 s3 tma
+        dq    tf32x3      64 masked  128x64 w8 s3
+        fwd   ieee        64 full    64x32 w8 s2
+        fwd   ieee        64 masked  32x64 w4 s2 one_loop
+        dkdv  ieee        64 full    64x64 w8 s1
+        dkdv  ieee        64 masked  64x64 w8 s2 one_loop
+        dq    ieee        64 full    64x32 w8 s2
+        dq    ieee        64 masked  32x32 w4 s2
+    """,
+}
+
+
+@functools.cache
+def table(arch: str) -> dict[tuple[str, str, int, bool], TileConfig]:
+    """TABLES[arch] by (kernel, class, block_d, masked); empty for an arch that nobody measured."""
+    rows = {}
+    for line in TABLES.get(arch, "").strip().splitlines():
+        kernel, classes, block_d, mask, config = line.split(maxsplit=4)
+        for precision in classes.split(","):
+            rows[kernel, precision, int(block_d), mask == "masked"] = parse(config)
+    return rows
+
+
+def known(key: Key) -> TileConfig | None:
+    """The table's row for `key`: its own head_dim's, else that of the next larger one."""
+    rows = table(key.arch)
+    larger = sorted(d for kernel, precision, d, masked in rows if d >= key.block_d
+                    and (kernel, precision, masked) == (key.kernel, key.precision, key.masked))  # fmt: skip
+    return rows[key.kernel, key.precision, larger[0], key.masked] if larger else None
+
+
+def choose(key: Key, device_name: str = "") -> tuple[TileConfig, str] | None:
+    """(configuration, where it comes from), or None on a device that no table knows and nobody tuned yet."""
     if key.arch == "cpu":
-        return (
-            TileConfig(block_m=32, block_n=64) if key.kernel == "dkdv" else TileConfig(block_m=64, block_n=32)
-        ), "interpreter"
-    return fallback(key), "fallback"
+        small = (
+            TileConfig(block_m=32, block_n=64)
+            if key.kernel in ("dkdv", "dk", "dv")
+            else TileConfig(block_m=64, block_n=32)
+        )
+        return small, "interpreter"
+    if (pin := pins_of_environment().get(key.kernel)) is not None:
+        return pin, "FLASH2_TRITON_PIN"
+    if (mine := cached(device_name).get(str(key))) is not None:
+        return mine, "tuned on this machine"
+    if (row := known(key)) is not None:
+        return row, "table"
+    return (fallback(key), "fallback") if key.arch in TABLES else None
 
 
 def fallback(key: Key) -> TileConfig:
@@ -72,3 +199,71 @@ def fallback(key: Key) -> TileConfig:
     if key.block_d <= 128:
         return TileConfig(block_m=64, block_n=32, num_warps=4 if not wide else 8, num_stages=2)
     return TileConfig(block_m=32, block_n=16 if wide else 32, num_warps=8, num_stages=1)
+
+
+@functools.cache
+def pins_of_environment() -> dict[str, TileConfig]:
+    """FLASH2_TRITON_PIN by kernel. Raises ValueError in words where it makes no sense."""
+    return parse_pins(os.environ.get("FLASH2_TRITON_PIN", ""))
+
+
+def parse_pins(text: str) -> dict[str, TileConfig]:
+    """ "fwd=64x128 w4 s2 tma; dq=..." by kernel. Raises ValueError in words."""
+    pins = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        kernel, _, config = (word.strip() for word in part.partition("="))
+        if kernel not in KERNELS:
+            raise ValueError(f"pin {part!r}: want KERNEL=CONFIGURATION; kernels: {', '.join(KERNELS)}")
+        pins[kernel] = parse(config)
+    return pins
+
+
+def cache_file() -> Path:
+    """Where this machine's own tuning is kept: $XDG_CACHE_HOME/flash2/triton.json. Delete it to forget."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "flash2", "triton.json")
+
+
+@functools.cache
+def _cache() -> dict[str, dict[str, str]]:
+    try:
+        kept = json.loads(cache_file().read_text())
+        return {str(where): dict(rows) for where, rows in kept.items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(f"{cache_file()} is not readable and is not used: {error}; delete it", stacklevel=2)
+        return {}
+
+
+@functools.cache
+def cached(device_name: str) -> dict[str, TileConfig]:
+    """Tuned configurations of this device and Triton by str(key); rows of an older format are passed over."""
+    rows = {}
+    for key, text in _cache().get(_where(device_name), {}).items():
+        try:
+            rows[key] = parse(text)
+        except ValueError:
+            continue
+    return rows
+
+
+def keep(device_name: str, key: Key, config: TileConfig) -> None:
+    """Remember `config` for `key`, here and, where the disk lets us, in cache_file()."""
+    cached(device_name)[str(key)] = config
+    file = cache_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _cache.cache_clear()  # another process may have written since
+        rows = _cache()
+        rows.setdefault(_where(device_name), {})[str(key)] = str(config)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as whole:
+            json.dump(rows, whole, indent=1)
+        os.replace(whole.name, file)
+    except OSError as error:
+        warnings.warn(f"the tuned configuration of {key} is not kept: {error}", stacklevel=2)
+
+
+def _where(device_name: str) -> str:
+    import triton
+
+    return f"{device_name}, triton {triton.__version__}"

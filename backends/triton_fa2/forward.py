@@ -11,8 +11,12 @@ from flash2.backends.triton_fa2.tiles import (
     head_of,
     key_range,
     load_tile,
+    load_v,
     logits,
+    operand,
+    split,
     store_tile,
+    turn,
     visible,
 )
 
@@ -26,7 +30,8 @@ def attention_forward(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     FOLD: tl.constexpr, NEGATE: tl.constexpr, UNEVEN: tl.constexpr, TAIL: tl.constexpr,
     PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, WS: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr,
+    WS: tl.constexpr, ONE_LOOP: tl.constexpr, LATE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """o[i] = sum_j softmax_j(logits(q[i].k[j])) v[j] and lse[i] (natural log), BLOCK_M rows of one head."""
@@ -50,7 +55,8 @@ def attention_forward(
     q_head = head_of(q, batch, head, stride_qb, stride_qh, TMA)
     k_head = head_of(k, batch, head // group, stride_kb, stride_kh, TMA)
     v_head = head_of(v, batch, head // group, stride_vb, stride_vh, TMA)
-    q_tile = load_tile(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE)  # fmt: skip
+    q_tile = load_tile(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE, 1)  # fmt: skip
+    q_tile = split(q_tile, PARTS)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -59,25 +65,28 @@ def attention_forward(
     # Warps are not specialised in a loop that branches, so there every tile is masked.
     MASK: tl.constexpr = (ALL if WS else EDGES) if EDGE else NONE
     if ONE_LOOP or WS or not EDGE:
+        if TURNED:  # where this loop may be empty, ptxas puts a wait behind every wgmma: rows without keys get one tile
+            hi = tl.maximum(hi, lo + 1)
+            tl.assume(lo < hi)
         acc, l_i, m_i = attend(
             acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, lo, hi, full_lo, full_hi, i, seq_kv,
             head_dim, stride_kn, stride_vn, left, right, scale, cap, slope, MASK, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD,
-            NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, WS, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+            NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, WS, LATE, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
     else:
         if LEFT:
             acc, l_i, m_i = attend(
                 acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, lo, full_lo, full_lo, full_hi, i, seq_kv,
                 head_dim, stride_kn, stride_vn, left, right, scale, cap, slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD,
-                NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, False, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+                NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, False, LATE, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
         acc, l_i, m_i = attend(
             acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, full_lo, full_hi, full_lo, full_hi, i, seq_kv,
             head_dim, stride_kn, stride_vn, left, right, scale, cap, slope, NONE, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD,
-            NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, False, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+            NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, False, LATE, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
         if RIGHT or TAIL:
             acc, l_i, m_i = attend(
                 acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, full_hi, hi, full_lo, full_hi, i, seq_kv,
                 head_dim, stride_kn, stride_vn, left, right, scale, cap, slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD,
-                NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, False, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+                NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, False, LATE, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
 
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)  # a row that saw no key: o = 0, and lse = m_i = -inf
     acc = acc * (1.0 / l_safe)[:, None]
@@ -94,38 +103,69 @@ def attend(
     MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     FOLD: tl.constexpr, NEGATE: tl.constexpr, UNEVEN: tl.constexpr, TAIL: tl.constexpr,
     PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, WS: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr,
+    WS: tl.constexpr, LATE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over keys [lo, hi), of which the tiles inside [full_lo, full_hi) need no mask."""
+    """The online softmax over keys [lo, hi), of which the tiles inside [full_lo, full_hi) need no mask.
+
+    With LATE the next tile's q.k is computed before this tile's p.v, so that p.v runs on the tensor cores
+    while the next softmax runs beside them (FlashAttention-3, section 3.2, as far as the compiler's waits allow).
+    """
     LOAD_TAIL: tl.constexpr = UNEVEN and MASK != NONE
-    for start_n in tl.range(lo, hi, BLOCK_N, num_stages=STAGES, warp_specialize=WS):
-        start_n = tl.multiple_of(start_n, BLOCK_N)
-        j = start_n + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE)  # fmt: skip
-        s = dot(q_tile, tl.trans(k_tile), None, PRECISION)  # [BLOCK_M, BLOCK_N]
-        if NEGATE:
-            s = -s
-        if not FOLD:
-            s, _ = logits(s, i[:, None], j[None, :], scale, cap, slope, SOFTCAP, ALIBI)
-        if MASK == ALL:
-            s = tl.where(visible(i[:, None], j[None, :], seq_kv, left, right, LEFT, RIGHT, TAIL), s, -float("inf"))
-        elif MASK == EDGES:
-            if (start_n < full_lo) | (start_n >= full_hi):
-                s = tl.where(visible(i[:, None], j[None, :], seq_kv, left, right, LEFT, RIGHT, TAIL), s, -float("inf"))
-        # One formula for masked and full tiles, so that a row's result does not depend on where tiles fall.
-        if FOLD:  # scale > 0 commutes with max: one fma per logit
-            m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
-            m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that saw no key yet stays finite
-            p = tl.exp2(s * scale - m_safe[:, None])
-        else:
-            m_new = tl.maximum(m_i, tl.max(s, 1))
-            m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-            p = tl.exp2(s - m_safe[:, None])
-        alpha = tl.exp2(m_i - m_safe)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        m_i = m_new
-        acc = acc * alpha[:, None]
-        v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE)  # fmt: skip
-        acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)  # [BLOCK_M, BLOCK_D]
+    if LATE:
+        if lo < hi:
+            last = lo + (hi - lo - 1) // BLOCK_N * BLOCK_N
+            k_tile = load_tile(k_head, batch, head_kv, lo, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
+            s = dot(q_tile, turn(k_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_M, BLOCK_N]
+            for start_n in tl.range(lo, last, BLOCK_N, num_stages=STAGES):
+                start_n = tl.multiple_of(start_n, BLOCK_N)
+                p, alpha, l_i, m_i = online_softmax(s, l_i, m_i, start_n, full_lo, full_hi, i, seq_kv, left, right, scale, cap, slope, MASK, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE, TAIL, BLOCK_N)  # fmt: skip
+                k_tile = load_tile(k_head, batch, head_kv, start_n + BLOCK_N, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
+                s = dot(q_tile, turn(k_tile, PARTS), None, PRECISION, PARTS)
+                v_tile = load_v(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS, TURNED)  # fmt: skip
+                acc = dot(
+                    operand(p, v_tile, PARTS), v_tile, acc * alpha[:, None], PRECISION, PARTS
+                )  # [BLOCK_M, BLOCK_D]
+            p, alpha, l_i, m_i = online_softmax(s, l_i, m_i, last, full_lo, full_hi, i, seq_kv, left, right, scale, cap, slope, MASK, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE, TAIL, BLOCK_N)  # fmt: skip
+            v_tile = load_v(v_head, batch, head_kv, last, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS, TURNED)  # fmt: skip
+            acc = dot(operand(p, v_tile, PARTS), v_tile, acc * alpha[:, None], PRECISION, PARTS)
+    else:
+        for start_n in tl.range(lo, hi, BLOCK_N, num_stages=STAGES, warp_specialize=WS):
+            start_n = tl.multiple_of(start_n, BLOCK_N)
+            k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
+            s = dot(q_tile, turn(k_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_M, BLOCK_N]
+            p, alpha, l_i, m_i = online_softmax(s, l_i, m_i, start_n, full_lo, full_hi, i, seq_kv, left, right, scale, cap, slope, MASK, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE, TAIL, BLOCK_N)  # fmt: skip
+            v_tile = load_v(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS, TURNED)  # fmt: skip
+            acc = dot(operand(p, v_tile, PARTS), v_tile, acc * alpha[:, None], PRECISION, PARTS)  # [BLOCK_M, BLOCK_D]
     return acc, l_i, m_i
+
+
+@triton.jit
+def online_softmax(
+    s, l_i, m_i, start_n, full_lo, full_hi, i, seq_kv, left, right, scale, cap, slope,
+    MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    FOLD: tl.constexpr, NEGATE: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(p, alpha, l_i, m_i): the weights of one tile of products s, and what the rows' earlier sums shrink by."""
+    j = start_n + tl.arange(0, BLOCK_N)
+    if NEGATE:
+        s = -s
+    if not FOLD:
+        s, _ = logits(s, i[:, None], j[None, :], scale, cap, slope, SOFTCAP, ALIBI)
+    if MASK == ALL:
+        s = tl.where(visible(i[:, None], j[None, :], seq_kv, left, right, LEFT, RIGHT, TAIL), s, -float("inf"))
+    elif MASK == EDGES:
+        if (start_n < full_lo) | (start_n >= full_hi):
+            s = tl.where(visible(i[:, None], j[None, :], seq_kv, left, right, LEFT, RIGHT, TAIL), s, -float("inf"))
+    # One formula for masked and full tiles, so that a row's result does not depend on where tiles fall.
+    if FOLD:  # scale > 0 commutes with max: one fma per logit
+        m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
+        m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that saw no key yet stays finite
+        p = tl.exp2(s * scale - m_safe[:, None])
+    else:
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+        p = tl.exp2(s - m_safe[:, None])
+    alpha = tl.exp2(m_i - m_safe)
+    return p, alpha, l_i * alpha + tl.sum(p, 1), m_new

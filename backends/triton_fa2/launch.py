@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flash2.backends.triton_fa2 import backward, configs, forward
+from flash2.backends.triton_fa2 import backward, configs, forward, prepare
 from flash2.backends.triton_fa2.configs import Key, TileConfig
 from flash2.backends.triton_fa2.tiles import INTERPRET
-from flash2.core.contract import Spec
+from flash2.core.contract import DTYPE_NAMES, TORCH_DTYPES, Spec, spec_of
+from flash2.core.problem import Problem
 
+T = TypeVar("T")
 LOG2E = math.log2(math.e)
 SMALLEST_NORMAL = 2.0**-126
+PREPARED_ROWS = 64  # a program of the preparing kernels
 Pins = dict[str, TileConfig]  # kernel name -> the configuration it must run with
 
 
@@ -29,7 +33,7 @@ def attend(
     call_key = ("fwd", layout(q), layout(k), layout(v), o.stride(), *options(spec, pins), q.dtype, q.get_device())
     plan = _plans.get(call_key)
     if plan is None:
-        plan = _plans[call_key] = plan_forward(q, k, v, o, spec, pins or {})
+        plan = remember(call_key, plan_forward(q, k, v, o, spec, pins or {}))
     plan(q, k, v, o, lse, spec.alibi_slopes)
     return o, lse
 
@@ -45,16 +49,25 @@ def differentiate(
                 *options(spec, pins), q.dtype, q.get_device())  # fmt: skip
     plan = _plans.get(call_key)
     if plan is None:
-        plan = _plans[call_key] = plan_backward(do, q, k, v, o, dq, dk, dv, spec, pins or {})
-    rows_padded, statistics, gradients_kv, gradients_q = plan
-    lse2, delta = torch.empty((2, q.shape[0] * q.shape[1], rows_padded), dtype=torch.float32, device=q.device)
-    statistics(o, do, lse, lse2, delta)
-    gradients_kv(q, k, v, do, lse2, delta, dk, dv, spec.alibi_slopes)
-    gradients_q(q, k, v, do, lse2, delta, dq, spec.alibi_slopes)
+        plan = remember(call_key, plan_backward(do, q, k, v, o, dq, dk, dv, spec, pins or {}))
+    lse2, delta = torch.empty((2, q.shape[0] * q.shape[1], plan.rows_padded), dtype=torch.float32, device=q.device)
+    plan.statistics(o, do, lse, lse2, delta)
+    for gradients_kv in plan.kv.values():
+        gradients_kv(q, k, v, do, lse2, delta, dk, dv, spec.alibi_slopes)
+    plan.q(q, k, v, do, lse2, delta, dq, spec.alibi_slopes)
     return dq, dk, dv
 
 
-_plans: dict[tuple, Callable] = {}
+_plans: dict[tuple, Any] = {}
+_PLANS_LIMIT = 1 << 12  # a decoder's seq_kv grows for ever
+
+
+def remember(call_key: tuple, plan: T) -> T:
+    """Keep `plan` for the next call of its kind."""
+    if len(_plans) >= _PLANS_LIMIT:
+        _plans.clear()
+    _plans[call_key] = plan
+    return plan
 
 
 def rows_dense(x: torch.Tensor) -> torch.Tensor:
@@ -72,79 +85,125 @@ def options(spec: Spec, pins: Pins | None) -> tuple:
     slopes = None if spec.alibi_slopes is None else (spec.alibi_slopes.stride(), spec.alibi_slopes.data_ptr() % 16 == 0)
     return (
         spec.scale, spec.precision, spec.causal, spec.window, spec.softcap, slopes,
-        None if pins is None else tuple(sorted(pins.items(), key=lambda item: item[0])),
+        None if not pins else tuple(sorted(pins.items(), key=lambda item: item[0])),
     )  # fmt: skip
 
 
-def plan_forward(q, k, v, o, spec: Spec, pins: Pins) -> Callable:
+def plan_forward(q, k, v, o, spec: Spec, pins: Pins) -> Launch | Prepared:
     """The forward launch for tensors laid out like these."""
     maths = Maths(q, k, spec)
     config = maths.config("fwd", pins, (q, k, v))
+    parts, turned = maths.parts(config), config.prepared and maths.precision == "tf32"
+    m, n, d = config.block_m, config.block_n, maths.block_d
     seq_kv = k.shape[2]
-    scale, fold, negate = maths.scale, maths.fold, maths.scale < 0 and maths.fold
-    return Launch(
+    scale, negate = maths.scale, maths.scale < 0 and maths.fold
+    launch = Launch(
         forward.attention_forward,
-        (triton.cdiv(q.shape[2], config.block_m) * q.shape[0] * q.shape[1],),
+        (triton.cdiv(q.shape[2], m) * q.shape[0] * q.shape[1],),
         config,
-        (config.block_m, config.block_n, config.block_n, None, None, None),
+        (tile(m, d), tile(n, d, parts), (1, 1, d, n) if turned else tile(n, d, parts), None, None, None),
         (*strides(q, k, v, o), *maths.slope_strides, *maths.sizes, maths.left, maths.right,
          abs(scale) if negate else scale, maths.cap),
-        dict(maths.features, FOLD=fold, NEGATE=negate, UNEVEN=seq_kv % config.block_n != 0,
-             TAIL=maths.tail(config), PAD_D=maths.pad_d, WIDE=too_wide(q, k, v, o), PRECISION=maths.precision,
-             TMA=config.tma, WS=config.ws, ONE_LOOP=config.one_loop, STAGES=config.num_stages, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=maths.block_d),
-        maths.block_d,
+        dict(maths.features, FOLD=maths.fold, NEGATE=negate, UNEVEN=seq_kv % n != 0, TAIL=maths.tail(config),
+             PAD_D=maths.pad_d, WIDE=too_wide(q, k, v, o), PRECISION=maths.precision, TMA=config.tma, PARTS=parts,
+             TURNED=turned, WS=config.ws, ONE_LOOP=config.one_loop, LATE=config.late, STAGES=config.num_stages,
+             BLOCK_M=m, BLOCK_N=n, BLOCK_D=d),
     )  # fmt: skip
+    if turned:
+        return Prepared(launch, {2: TurnHeads(maths)})
+    return Prepared(launch, {n: SplitHeads(maths, parts) for n in (1, 2)}) if parts > 1 else launch
 
 
-def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, pins: Pins) -> tuple[int, Callable, Callable, Callable]:
-    """(rows of the statistics per head, and the three launches) for tensors laid out like these."""
+class BackwardPlan(NamedTuple):
+    """The launches of one backward in their order; kv is one for dk and dv, or one for each."""
+
+    rows_padded: int  # rows of the statistics, a head
+    statistics: Launch
+    kv: dict[str, Launch | Prepared]
+    q: Launch | Prepared
+
+
+def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, pins: Pins) -> BackwardPlan:
+    """The backward launches for tensors laid out like these."""
     maths = Maths(q, k, spec)
-    kv, qs = maths.config("dkdv", pins, (q, k, v, do)), maths.config("dq", pins, (q, k, v, do))
+    operands = (q, k, v, do)
+    both, qs = maths.config("dkdv", pins, operands), maths.config("dq", pins, operands)
+    kvs = {name: maths.config(name, pins, operands) for name in ("dk", "dv")} if both.split else {"dkdv": both}
     heads, group, seq_q, seq_kv, head_dim = maths.sizes
-    step = max(kv.block_m, qs.block_m)
+    step = max(config.block_m for config in (*kvs.values(), qs))
     rows_padded = triton.cdiv(seq_q, step) * step
-    block = 32 if maths.block_d > 64 else 64
+    d = maths.block_d
+    block = 32 if d > 64 else 64
     wide = too_wide(do, q, k, v, o, dq, dk, dv)
-    shared = dict(maths.features, PAD_D=maths.pad_d, WIDE=wide, PRECISION=maths.precision, BLOCK_D=maths.block_d)
     statistics = Launch(
         backward.row_statistics,
         (triton.cdiv(rows_padded, block) * q.shape[0] * heads,),
         TileConfig(block_m=block, block_n=0, num_warps=4, num_stages=1),
         (None,) * 5,
         (*strides(o, do), heads, seq_q, rows_padded, head_dim),
-        {"PAD_D": maths.pad_d, "WIDE": wide, "BLOCK_M": block, "BLOCK_D": maths.block_d},
-        maths.block_d,
+        {"PAD_D": maths.pad_d, "WIDE": wide, "BLOCK_M": block, "BLOCK_D": d},
     )
-    gradients_kv = Launch(
-        backward.gradients_kv,
-        (triton.cdiv(seq_kv, kv.block_n) * k.shape[0] * k.shape[1],),
-        kv,
-        (kv.block_m, kv.block_n, kv.block_n, kv.block_m, kv.block_m, kv.block_m, None, None, None),
-        (*strides(q, k, v, do, dk, dv), *maths.slope_strides, k.shape[1], group, seq_q, seq_kv, rows_padded, head_dim,
-         maths.left, maths.right, maths.scale, maths.cap, spec.scale),
-        dict(shared, UNEVEN=seq_q % kv.block_m != 0, TMA=kv.tma, ONE_LOOP=kv.one_loop, STAGES=kv.num_stages,
-             BLOCK_M=kv.block_m, BLOCK_N=kv.block_n),
-        maths.block_d,
-    )  # fmt: skip
+
+    def constants(config: TileConfig) -> dict:
+        return dict(
+            maths.features, PAD_D=maths.pad_d, WIDE=wide, PRECISION=maths.precision, TMA=config.tma,
+            PARTS=maths.parts(config), ONE_LOOP=config.one_loop, STAGES=config.num_stages,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=d,
+        )  # fmt: skip
+
+    def gradients_kv(name: str, config: TileConfig) -> Launch | Prepared:
+        parts, rows = maths.parts(config), (1, config.block_m)
+        ours, theirs = tile(config.block_n, d), tile(config.block_m, d, parts)
+        launch = Launch(
+            backward.gradients_kv,
+            (triton.cdiv(seq_kv, config.block_n) * k.shape[0] * k.shape[1],),
+            config,
+            (theirs, ours, ours, theirs, rows, rows, None, None, None),
+            (*strides(q, k, v, do, dk, dv), *maths.slope_strides, k.shape[1], group, seq_q, seq_kv, rows_padded,
+             head_dim, maths.left, maths.right, maths.scale, maths.cap, spec.scale),
+            dict(constants(config), UNEVEN=seq_q % config.block_m != 0, DK="dk" in name, DV="dv" in name),
+        )  # fmt: skip
+        return Prepared(launch, {n: SplitHeads(maths, parts) for n in (0, 3)}) if parts > 1 else launch
+
+    parts, rows = maths.parts(qs), (1, qs.block_m)
+    ours, theirs = tile(qs.block_m, d), tile(qs.block_n, d, parts)
     gradients_q = Launch(
         backward.gradients_q,
         (triton.cdiv(seq_q, qs.block_m) * q.shape[0] * heads,),
         qs,
-        (qs.block_m, qs.block_n, qs.block_n, qs.block_m, qs.block_m, qs.block_m, None, None),
+        (ours, theirs, theirs, ours, rows, rows, None, None),
         (*strides(q, k, v, do, dq), *maths.slope_strides, heads, group, seq_q, seq_kv, rows_padded, head_dim,
          maths.left, maths.right, maths.scale, maths.cap, spec.scale),
-        dict(shared, UNEVEN=seq_kv % qs.block_n != 0, TAIL=maths.tail(qs), TMA=qs.tma, ONE_LOOP=qs.one_loop,
-             STAGES=qs.num_stages, BLOCK_M=qs.block_m, BLOCK_N=qs.block_n),
-        maths.block_d,
+        dict(constants(qs), UNEVEN=seq_kv % qs.block_n != 0, TAIL=maths.tail(qs)),
     )  # fmt: skip
-    return rows_padded, statistics, gradients_kv, gradients_q
+    if parts > 1:
+        gradients_q = Prepared(gradients_q, {n: SplitHeads(maths, parts) for n in (1, 2)})
+    return BackwardPlan(rows_padded, statistics, {n: gradients_kv(n, c) for n, c in kvs.items()}, gradients_q)
+
+
+def configurations(problem: Problem, device: torch.device, pins: Pins) -> dict[str, tuple[TileConfig, str]]:
+    """kernel -> (configuration, where it comes from) for dense tensors of `problem`: what a call would launch."""
+    dtype = TORCH_DTYPES[problem.dtype]
+    with torch.device("meta"):
+        q = torch.empty(problem.batch, problem.heads_q, problem.seq_q, problem.head_dim, dtype=dtype)
+        k = torch.empty(problem.batch, problem.heads_kv, problem.seq_kv, problem.head_dim, dtype=dtype)
+    maths = Maths(q, k, spec_of(problem.replace(alibi=False)), device)
+    found = {}
+    for kernel in ("fwd",) if problem.pass_ == "fwd" else ("fwd", "dkdv", "dq"):
+        found[kernel] = (pins[kernel], "pin") if kernel in pins else maths.chosen(kernel, tune=False)
+        if found[kernel][0].split:
+            del found[kernel]
+            found |= {
+                name: (pins[name], "pin") if name in pins else maths.chosen(name, tune=False) for name in ("dk", "dv")
+            }
+    return found
 
 
 class Maths:
     """What a Spec means to the kernels: folded factors, switches, and the keys of the configurations."""
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, spec: Spec) -> None:
-        heads, seq_q, head_dim = q.shape[1:]
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, spec: Spec, device: torch.device | None = None) -> None:
+        batch, heads, seq_q, head_dim = q.shape
         seq_kv = k.shape[2]
         left, right = spec.band
         # A band wider than the problem is no band: the last query sees key 0, the first the last key.
@@ -168,7 +227,13 @@ class Maths:
         self.pad_d = head_dim != self.block_d
         self.spec_precision = spec.precision
         self.precision = spec.precision if q.dtype == torch.float32 else "tf32"  # 16-bit products are exact anyway
-        self.arch = arch_of(q.device)
+        self.device = device or q.device
+        self.arch = arch_of(self.device)
+        self.problem = Problem(
+            batch=batch, heads_q=heads, heads_kv=k.shape[1], seq_q=seq_q, seq_kv=seq_kv, head_dim=head_dim,
+            dtype=DTYPE_NAMES[q.dtype], precision=spec.precision, causal=spec.causal, window=spec.window,
+            softcap=spec.softcap, alibi=self.features["ALIBI"], scale=spec.scale, pass_="fwd+bwd",
+        )  # fmt: skip
 
     def tail(self, config: TileConfig) -> bool:
         """Must keys past seq_kv be masked? A causal mask hides them from every row there is."""
@@ -177,8 +242,26 @@ class Maths:
 
     def config(self, kernel: str, pins: Pins, operands: tuple[torch.Tensor, ...]) -> TileConfig:
         """The configuration of `kernel`, without tensor descriptors where the operands' strides forbid them."""
-        config = pins.get(kernel) or configs.choose(self.key(kernel))[0]
-        return config if not config.tma or all(map(fits_descriptor, operands)) else config.replace(tma=False, ws=False)
+        config = pins.get(kernel) or self.chosen(kernel)[0]
+        if not config.tma or all(map(fits_descriptor, operands)):
+            return config
+        return config.replace(tma=False, ws=False, prepared=False)
+
+    def chosen(self, kernel: str, *, tune: bool = True) -> tuple[TileConfig, str]:
+        """(configuration, where it comes from) for `kernel`. On a device that no table knows, the first call of a
+        kind tunes; without `tune`, under FLASH2_TRITON_TUNE=0 and into a CUDA graph it takes the fallback."""
+        key, name = self.key(kernel), torch.cuda.get_device_name(self.device) if self.arch != "cpu" else ""
+        if (found := configs.choose(key, name)) is not None:
+            return found
+        if not tune or os.environ.get("FLASH2_TRITON_TUNE") == "0" or torch.cuda.is_current_stream_capturing():
+            return configs.fallback(key), "fallback: this device is not tuned yet"
+        from flash2.backends.triton_fa2.tune import autotune
+
+        return autotune(key, self.problem, self.device), "tuned just now"
+
+    def parts(self, config: TileConfig) -> int:
+        """How many bfloat16 parts the tensors that `config`'s programs share are split into beforehand."""
+        return {"bf16x3": 2, "bf16x6": 3}.get(self.precision, 1) if config.prepared else 1
 
     def key(self, kernel: str) -> Key:
         """What the table of configurations is asked for."""
@@ -215,40 +298,95 @@ def fits_descriptor(x: torch.Tensor) -> bool:
     )
 
 
-def descriptor(x: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
-    """x (batch, heads, seq, head_dim) in tiles of `rows` rows of one head, or the statistics (heads, seq) in runs."""
-    if x.dim() == 2:
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows])
-    # The stride of an axis of length 1 is never taken, but must be a multiple of 16 bytes all the same.
+def tile(rows: int, block_d: int, parts: int = 1) -> tuple[int, ...]:
+    """The block that a descriptor loads of a tensor (batch, heads, seq, head_dim), or of its parts."""
+    return (1, 1, rows, block_d) if parts == 1 else (1, 1, 1, rows, block_d)
+
+
+def descriptor(x: torch.Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    """x in blocks of that shape. The stride of an axis of length 1 is never taken, but must fit all the same."""
     strides = [s if n > 1 else 16 for s, n in zip(x.stride(), x.shape, strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, rows, block_d])
+    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], list(block))
+
+
+class SplitHeads:
+    """x (batch, heads, seq, head_dim) float32 -> bfloat16 parts (parts, batch, heads, seq, head_dim)."""
+
+    def __init__(self, maths: Maths, parts: int) -> None:
+        self.maths, self.parts = maths, parts
+
+    def empty(self, x: torch.Tensor) -> torch.Tensor:
+        """Where they go."""
+        padded = -(-x.shape[3] // 8) * 8  # a descriptor's rows are multiples of 16 bytes
+        return torch.empty((self.parts, *x.shape[:3], padded), dtype=torch.bfloat16, device=x.device)[..., : x.shape[3]]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out, (batch, heads, seq, head_dim) = self.empty(x), x.shape
+        prepare.split_heads[(triton.cdiv(seq, PREPARED_ROWS) * batch * heads,)](
+            x, out, *strides(x), out.stride(0), out.stride(3), heads, seq, head_dim, PAD_D=self.maths.pad_d,
+            WIDE=too_wide(x), PARTS=self.parts, BLOCK_N=PREPARED_ROWS, BLOCK_D=self.maths.block_d,
+        )  # fmt: skip
+        return out
+
+
+class TurnHeads:
+    """x (batch, heads, seq, head_dim) -> (batch, heads, head_dim, seq)."""
+
+    def __init__(self, maths: Maths) -> None:
+        self.maths = maths
+
+    def empty(self, x: torch.Tensor) -> torch.Tensor:
+        """Where it goes."""
+        batch, heads, seq, head_dim = x.shape
+        padded = -(-seq // 4) * 4  # a descriptor's rows are multiples of 16 bytes
+        return torch.empty((batch, heads, head_dim, padded), dtype=x.dtype, device=x.device)[..., :seq]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out, (batch, heads, seq, head_dim) = self.empty(x), x.shape
+        prepare.turn_heads[(triton.cdiv(seq, PREPARED_ROWS) * batch * heads,)](
+            x, out, *strides(x), out.stride(2), heads, seq, head_dim, PAD_D=self.maths.pad_d,
+            WIDE=too_wide(x), BLOCK_N=PREPARED_ROWS, BLOCK_D=self.maths.block_d,
+        )  # fmt: skip
+        return out
+
+
+class Prepared:
+    """A launch that reads some of its tensors as a kernel before it has rewritten them."""
+
+    __slots__ = ("launch", "steps")
+
+    def __init__(self, launch: Launch, steps: dict[int, SplitHeads | TurnHeads]) -> None:
+        self.launch, self.steps = launch, steps
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        self.launch(*(self.steps[n](x) if n in self.steps else x for n, x in enumerate(tensors)))
 
 
 class Launch:
     """One kernel with all but its tensors bound. The first call compiles, later ones skip Triton's dispatch."""
 
-    __slots__ = ("block_d", "config", "constants", "grid", "kernel", "runner", "scalars", "tiles")
+    __slots__ = ("blocks", "config", "constants", "grid", "kernel", "runner", "scalars", "shells")
 
-    def __init__(self, kernel, grid, config: TileConfig, tiles, scalars, constants: dict, block_d: int) -> None:
+    def __init__(self, kernel, grid, config: TileConfig, blocks, scalars, constants: dict) -> None:
         self.kernel, self.grid, self.config = kernel, grid, config
-        # Rows of each tensor argument's tile where it goes through a descriptor.
-        self.tiles = tiles if config.tma and any(tiles) else None
-        self.scalars, self.constants, self.block_d = scalars, constants, block_d
+        # What each tensor argument's descriptor loads at once; None: the kernel takes a pointer.
+        self.blocks = blocks if config.tma and any(blocks) else None
+        self.scalars, self.constants = scalars, constants
         self.runner = None
+        self.shells: tuple[TensorDescriptor | None, ...] = ()
 
     def arguments(self, tensors: tuple) -> tuple[tuple, dict]:
         """The (positional, keyword) arguments of Triton's own dispatch."""
+        if self.blocks is not None:
+            self.shells = tuple(block and descriptor(x, block) for x, block in zip(tensors, self.blocks, strict=True))
         positional = (*self.described(tensors), *self.scalars)
         return positional, {**self.constants, "num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
 
     def described(self, tensors: tuple) -> tuple:
-        """The tensors, through descriptors where this launch uses them."""
-        if self.tiles is None:
+        """The tensors, through descriptors where this launch uses them: the first call's, moved to these addresses."""
+        if not self.shells:
             return tensors
-        return tuple(
-            x if rows is None else descriptor(x, rows, self.block_d)
-            for x, rows in zip(tensors, self.tiles, strict=True)
-        )
+        return tuple(x if shell is None else moved(shell, x) for x, shell in zip(tensors, self.shells, strict=True))
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         if self.runner is not None:
@@ -261,3 +399,10 @@ class Launch:
             # Constants are bound by name above and by place here: they end the signature, in its order.
             self.scalars += tuple(self.constants[param.name] for param in self.kernel.params if param.is_constexpr)
             self.runner = compiled[(*self.grid, 1, 1)]
+
+
+def moved(shell: TensorDescriptor, x: torch.Tensor) -> TensorDescriptor:
+    """`shell` for x, which has its layout. Making one anew checks that again, and costs as much as the launch."""
+    desc = object.__new__(TensorDescriptor)
+    desc.__dict__.update(shell.__dict__, base=x)
+    return desc

@@ -23,6 +23,11 @@ from flash2.core.problem import Problem
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
+def shared_limit(arch: int) -> int:
+    """SHARED_LIMIT of compute capability `arch` (90 for 9.0), or of the nearest older one."""
+    return SHARED_LIMIT[max((known for known in SHARED_LIMIT if known <= arch), default=min(SHARED_LIMIT))]
+
+
 @dataclass(frozen=True, slots=True)
 class Build:
     """What one kernel compiled to: 32-bit registers a thread, bytes of local memory (spills), of shared memory a
@@ -47,12 +52,21 @@ def planned(problem: Problem, pins: launch.Pins) -> dict[str, tuple[launch.Launc
     if problem.pass_ != "bwd":
         plans["fwd"] = launch.plan_forward(q, k, k, q, spec, pins), (q, k, k, q, lse, slopes)
     if problem.pass_ != "fwd":
-        padded, rows, kv, qs = launch.plan_backward(q, q, k, k, q, q, k, k, spec, pins)
-        statistics = torch.empty(q.shape[0] * q.shape[1], padded, dtype=torch.float32, device="meta")
-        plans["statistics"] = rows, (q, q, lse, statistics, statistics)
-        plans["dkdv"] = kv, (q, k, k, q, statistics, statistics, k, k, slopes)
-        plans["dq"] = qs, (q, k, k, q, statistics, statistics, q, slopes)
-    return plans
+        plan = launch.plan_backward(q, q, k, k, q, q, k, k, spec, pins)
+        rows = torch.empty(q.shape[0] * q.shape[1], plan.rows_padded, dtype=torch.float32, device="meta")
+        plans["statistics"] = plan.statistics, (q, q, lse, rows, rows)
+        for name, kv in plan.kv.items():
+            plans[name] = kv, (q, k, k, q, rows, rows, k, k, slopes)
+        plans["dq"] = plan.q, (q, k, k, q, rows, rows, q, slopes)
+    return {name: resolved(*plan) for name, plan in plans.items()}
+
+
+def resolved(planned_launch: launch.Launch | launch.Prepared, tensors: tuple) -> tuple[launch.Launch, tuple]:
+    """(launch, tensors) as the launch gets them, with stand-ins for what the kernels before it write."""
+    if isinstance(planned_launch, launch.Launch):
+        return planned_launch, tensors
+    steps = planned_launch.steps
+    return planned_launch.launch, tuple(steps[n].empty(x) if n in steps else x for n, x in enumerate(tensors))
 
 
 def build(planned_launch: launch.Launch, tensors: tuple, arch: int, *, sass: bool = True) -> Build:

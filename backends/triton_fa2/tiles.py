@@ -12,18 +12,83 @@ import triton.language as tl
 
 # Chosen by Triton when it is imported, so read once, here, for everybody.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
-UPCAST = tl.constexpr(INTERPRET)
+INTERPRETED = tl.constexpr(INTERPRET)
 # Which tiles of a loop are masked.
 NONE, EDGES, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in float32; PRECISION is how float32 operands meet the tensor cores."""
-    if UPCAST:  # the interpreter multiplies bf16 by bit pattern, and knows no classes of float32 maths
+def dot(a, b, acc, PRECISION: tl.constexpr, PARTS: tl.constexpr):
+    """acc + a @ b in float32; PRECISION is how float32 operands meet the tensor cores.
+
+    With PARTS > 1 both come as bfloat16 parts that sum up to them, and the largest products of parts are added, the
+    small ones first: bf16x3 of 2 parts, bf16x6 of 3 (Henry, Tang, Heinecke 2019). They meet acc in an addition of
+    their own: the tensor cores cut what they add where float32 rounds, and over many tiles that shows.
+    """
+    if PARTS > 1:
+        if PARTS == 3:
+            x = tl.dot(a[2], b[0])
+            x = tl.dot(a[0], b[2], x)
+            x = tl.dot(a[1], b[1], x)
+            x = tl.dot(a[1], b[0], x)
+        else:
+            x = tl.dot(a[1], b[0])
+        x = tl.dot(a[0], b[1], x)
+        x = tl.dot(a[0], b[0], x)
+        if acc is None:
+            return x
+        else:
+            return acc + x
+    elif INTERPRETED:  # the interpreter multiplies bf16 by bit pattern, and knows no classes of float32 maths
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def turn(x, PARTS: tl.constexpr):
+    """x transposed, each part of it."""
+    if PARTS == 3:
+        return tl.trans(x[0]), tl.trans(x[1]), tl.trans(x[2])
+    elif PARTS == 2:
+        return tl.trans(x[0]), tl.trans(x[1])
+    else:
+        return tl.trans(x)
+
+
+@triton.jit
+def split(x, PARTS: tl.constexpr):
+    """float32 x in PARTS bfloat16 parts, each what the ones before it leave over."""
+    if PARTS == 1:
+        return x
+    else:
+        hi = x.to(tl.bfloat16)
+        finite = tl.abs(x) < float("inf")  # inf - inf would be nan
+        rest = tl.where(finite, x - hi.to(tl.float32), 0.0)
+        mid = rest.to(tl.bfloat16)
+        if PARTS == 2:
+            return hi, mid
+        else:
+            return hi, mid, (rest - mid.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def operand(x, other, PARTS: tl.constexpr):
+    """float32 x as dot() multiplies it with `other`: in the other's dtype, or in as many parts."""
+    if PARTS > 1:
+        return split(x, PARTS)
+    else:
+        return narrow(x, other.dtype)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 x in `dtype`, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts the low half off: round there beforehand
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -38,9 +103,19 @@ def head_of(x, batch, head, stride_b, stride_h, TMA: tl.constexpr):
 @triton.jit
 def load_tile(x, batch, head, start, seq, stride, head_dim,
               ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
-              TAIL: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Rows start.. of a head_of() head, [ROWS, BLOCK_D]; 0 past seq (if TAIL) and past head_dim."""
-    if TMA:  # the hardware fills what is out of bounds with 0
+              TAIL: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Rows start.. of a head_of() head, [ROWS, BLOCK_D]; 0 past seq (if TAIL) and past head_dim.
+
+    With PARTS > 1 that many bfloat16 tiles, from a tensor that prepare.split_heads() wrote.
+    """
+    if PARTS > 1:
+        hi = x.load([0, batch, head, start, 0]).reshape([ROWS, BLOCK_D])
+        mid = x.load([1, batch, head, start, 0]).reshape([ROWS, BLOCK_D])
+        if PARTS == 2:
+            return hi, mid
+        else:
+            return hi, mid, x.load([2, batch, head, start, 0]).reshape([ROWS, BLOCK_D])
+    elif TMA:  # the hardware fills what is out of bounds with 0
         return x.load([batch, head, start, 0]).reshape([ROWS, BLOCK_D])
     else:
         rows = tl.arange(0, ROWS)
@@ -54,6 +129,17 @@ def load_tile(x, batch, head, start, seq, stride, head_dim,
             return tl.load(ptrs, mask=cols[None, :] < head_dim, other=0.0)
         else:
             return tl.load(ptrs)
+
+
+@triton.jit
+def load_v(v, batch, head, start, seq, stride, head_dim,
+           ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
+           TAIL: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
+    """load_tile(), also from a v that prepare.turn_heads() wrote, (batch, heads, head_dim, seq)."""
+    if TURNED:
+        return tl.trans(v.load([batch, head, 0, start]).reshape([BLOCK_D, ROWS]))
+    else:
+        return load_tile(v, batch, head, start, seq, stride, head_dim, ROWS, BLOCK_D, PAD_D, TAIL, TMA, WIDE, PARTS)
 
 
 @triton.jit
@@ -72,7 +158,7 @@ def store_tile(x, tile, start, seq, stride, head_dim,
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D)
     ptrs = x + start.to(tl.int64) * stride + row_offsets(rows, stride, WIDE)[:, None] + cols[None, :]
-    tl.store(ptrs, tile.to(x.dtype.element_ty), mask=(rows[:, None] < seq - start) & (cols[None, :] < head_dim))
+    tl.store(ptrs, narrow(tile, x.dtype.element_ty), mask=(rows[:, None] < seq - start) & (cols[None, :] < head_dim))
 
 
 @triton.jit

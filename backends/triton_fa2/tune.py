@@ -22,65 +22,64 @@ from pathlib import Path
 import torch
 import triton
 
-from flash2.backends.triton_fa2 import launch, offline
-from flash2.backends.triton_fa2.configs import KERNELS, TileConfig
+from flash2.backends.triton_fa2 import configs, launch, offline
+from flash2.backends.triton_fa2.configs import KERNELS, Key, TileConfig
 from flash2.core.contract import TORCH_DTYPES, spec_of
 from flash2.core.problem import Problem
 
 # Relative rms error above which a configuration is broken, by class of maths: several times what rounding explains.
 BROKEN = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 4e-3, "bf16x3": 1e-4, "bf16x6": 1e-5, "tf32x3": 1e-5, "ieee": 1e-5}
-MATMULS = {"fwd": 2, "dkdv": 4, "dq": 3}
+AUTOTUNED = 6  # configurations timed for a key that no table knows
+MATMULS = {"fwd": 2, "dkdv": 4, "dk": 3, "dv": 2, "dq": 3}
+# Tiles the size of block_m x block_n or rows x block_d that a kernel holds: accumulators, other float32 tiles, operands.
+HOLDS = {"fwd": (1, 1, 1), "dkdv": (2, 2, 2), "dk": (1, 2, 2), "dv": (1, 1, 1), "dq": (1, 2, 2)}
 
 
 def candidates(kernel: str, problem: Problem, arch: int, *, ws: bool = False) -> list[TileConfig]:
     """Every configuration worth compiling. What spills or does not fit is found by the compiler. `ws` adds the
     warp-specialised ones, which may hang."""
     block_d = max(16, triton.next_power_of_2(problem.head_dim))
-    element = 4 if problem.dtype == "fp32" else 2
+    wide = problem.dtype == "fp32"
+    if kernel in ("dk", "dv") and block_d < 256 and problem.precision != "bf16x6":
+        return []  # both accumulators fit into the registers
     masked = problem.band != (None, None)
     hopper = arch >= 90 and arch != 120
-    sizes = (32, 64, 128) if element == 4 or block_d > 128 else (64, 128)
+    parts = {"bf16x3": 2, "bf16x6": 3}.get(problem.precision, 1)
+    turned = kernel == "fwd" and problem.precision == "tf32"
+    sizes = (32, 64, 128) if wide or block_d > 128 else (64, 128)
     found = []
-    for m, n, warps, stages, tma, one_loop in itertools.product(
-        (*sizes, 256) if kernel == "fwd" and block_d <= 64 and element == 2 else sizes,
+    for m, n, warps, stages, tma, one_loop, late, prepared in itertools.product(
+        (*sizes, 256) if kernel == "fwd" and block_d <= 64 and not wide else sizes,
         sizes,
         (4, 8),
         (1, 2, 3, 4),
         (True, False) if hopper else (False,),
         (False, True) if masked else (False,),
+        (False, True) if kernel == "fwd" else (False,),
+        (False, True) if parts > 1 or turned else (False,),
     ):
-        rows = n if kernel == "dkdv" else m  # the side that a program owns; the other one it loops over
-        step = m if kernel == "dkdv" else n
-        accumulators = {"fwd": 1, "dkdv": 2, "dq": 1}[kernel] * rows * block_d
-        tiles = {"fwd": 1, "dkdv": 2, "dq": 2}[kernel] * rows * step
-        registers = (accumulators + tiles) / (32 * warps)  # a thread, for the float32 tiles alone
-        resident = {"fwd": 1, "dkdv": 2, "dq": 2}[kernel] * rows * block_d * element
-        streamed = 2 * stages * step * block_d * element
-        if not 12 <= registers <= 260 or resident + streamed > offline.SHARED_LIMIT[arch] or rows < 32 * warps // 4:
+        keys = kernel in ("dkdv", "dk", "dv")  # a program owns keys and loops over queries, or the reverse
+        rows, step = (n, m) if keys else (m, n)
+        accumulators, tiles, operands = HOLDS[kernel]
+        registers = (accumulators * rows * block_d + (tiles + late) * rows * step) / (32 * warps)  # a thread
+        element = 2 * parts if prepared and parts > 1 else 4 if wide else 2
+        shared = (operands * rows + 2 * stages * step) * block_d * element
+        if not 12 <= registers <= 260 or shared > offline.shared_limit(arch) or rows < 32 * warps // 4:
             continue
-        if problem.precision == "ieee" and (tma or m * n > 512 * warps):  # bound by the fma units, not by loads
+        if (late or prepared) and not tma:
             continue
-        if element == 4 and registers > 160:  # operands and their split parts want registers too
-            continue
-        if problem.precision == "ieee":
-            useful = stages <= 2
-        elif element == 4:
-            useful = stages in (2, 3)
+        if problem.precision == "ieee":  # bound by the fma units, not by loads
+            useful = not tma and not late and m * n <= 512 * warps and stages <= 2
+        elif wide:  # operands and their split parts want registers too
+            useful = registers <= 160 and stages in (2, 3)
         else:  # without descriptors registers are short: one choice each
             useful = stages in (2, 3) if tma else stages == 2 and one_loop == masked
         if not useful:
             continue
-        found.append(TileConfig(block_m=m, block_n=n, num_warps=warps, num_stages=stages, tma=tma, one_loop=one_loop))
-        if (
-            ws
-            and kernel == "fwd"
-            and element == 2
-            and tma
-            and m == 128
-            and warps == 4
-            and hopper
-            and one_loop == masked
-        ):
+        flags = {"tma": tma, "one_loop": one_loop, "late": late, "prepared": prepared}
+        found.append(TileConfig(block_m=m, block_n=n, num_warps=warps, num_stages=stages, **flags))
+        plain = kernel == "fwd" and not wide and tma and not late and one_loop == masked
+        if ws and plain and m == 128 and warps == 4:
             found.append(found[-1].replace(ws=True, one_loop=True))
     return found
 
@@ -105,23 +104,32 @@ class Data:
 
     def stage(self, kernel: str, config: TileConfig, others: launch.Pins) -> Callable[[], None]:
         """A call of `kernel` alone under `config`. The backward kernels need o and lse to be there."""
-        pins = {**others, kernel: config}
+        pins = pinned(kernel, config, others)
         if kernel == "fwd":
             plan = launch.plan_forward(self.q, self.k, self.v, self.o, self.spec, pins)
             return lambda: plan(self.q, self.k, self.v, self.o, self.lse, self.spec.alibi_slopes)
-        padded, rows, kv, qs = launch.plan_backward(
-            self.do, self.q, self.k, self.v, self.o, self.dq, self.dk, self.dv, self.spec, pins
-        )
-        lse2, delta = torch.empty((2, self.q.shape[0] * self.q.shape[1], padded), device=self.q.device)
-        rows(self.o, self.do, self.lse, lse2, delta)
+        plan = launch.plan_backward(self.do, self.q, self.k, self.v, self.o, self.dq, self.dk, self.dv, self.spec, pins)
+        lse2, delta = torch.empty((2, self.q.shape[0] * self.q.shape[1], plan.rows_padded), device=self.q.device)
+        plan.statistics(self.o, self.do, self.lse, lse2, delta)
         shared = (self.q, self.k, self.v, self.do, lse2, delta)
-        if kernel == "dkdv":
-            return lambda: kv(*shared, self.dk, self.dv, self.spec.alibi_slopes)
-        return lambda: qs(*shared, self.dq, self.spec.alibi_slopes)
+        if kernel == "dq":
+            return lambda: plan.q(*shared, self.dq, self.spec.alibi_slopes)
+        return lambda: plan.kv[kernel](*shared, self.dk, self.dv, self.spec.alibi_slopes)
 
     def outputs(self, kernel: str) -> tuple[torch.Tensor, ...]:
-        """What `kernel` writes (o; dk and dv; dq)."""
-        return {"fwd": (self.o,), "dkdv": (self.dk, self.dv), "dq": (self.dq,)}[kernel]
+        """What `kernel` writes."""
+        return written(kernel, self.o, self.dq, self.dk, self.dv)
+
+
+def written(kernel: str, o, dq, dk, dv) -> tuple[torch.Tensor, ...]:
+    """Those of the tensors that `kernel` writes."""
+    return {"fwd": (o,), "dkdv": (dk, dv), "dk": (dk,), "dv": (dv,), "dq": (dq,)}[kernel]
+
+
+def pinned(kernel: str, config: TileConfig, others: launch.Pins) -> launch.Pins:
+    """`others` with `kernel` under `config`, and so that `kernel` is launched at all."""
+    split = {"dkdv": others["dkdv"].replace(split=True)} if kernel in ("dk", "dv") else {}
+    return {**others, **split, kernel: config}
 
 
 def exact(data: Data) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -145,7 +153,7 @@ def exact(data: Data) -> dict[str, tuple[torch.Tensor, ...]]:
     dq, dk, dv = torch.autograd.grad(o, (q, k, v), data.do.double())
     data.o.copy_(o.detach())
     data.lse.copy_(s.detach().logsumexp(-1))
-    return {"fwd": (o.detach(),), "dkdv": (dk, dv), "dq": (dq,)}
+    return {kernel: written(kernel, o.detach(), dq, dk, dv) for kernel in KERNELS}
 
 
 def error(got: Iterable[torch.Tensor], want: Iterable[torch.Tensor]) -> float:
@@ -162,6 +170,7 @@ def race(calls: list[Callable[[], None]], rounds: int, flush: torch.Tensor) -> l
     for _ in range(rounds):
         events = []
         for call in calls:
+            torch.cuda._sleep(400_000)  # 0.2 ms: what is timed is queued before the device gets to it
             flush.zero_()
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -180,9 +189,8 @@ Job = tuple[str, Problem, TileConfig]
 def compile_job(job: Job, arch: int) -> tuple[Job, offline.Build | str]:
     """Build one kernel into Triton's on-disk cache, where a later launch finds it; the reason if it does not build."""
     kernel, problem, config = job
-    pins = {name: config if name == kernel else STARTERS[name] for name in KERNELS}
     problem = problem.replace(pass_="fwd" if kernel == "fwd" else "bwd")
-    planned, tensors = offline.planned(problem, pins)[kernel]
+    planned, tensors = offline.planned(problem, pinned(kernel, config, STARTERS))[kernel]
     try:
         return job, offline.build(planned, tensors, arch, sass=False)
     except Exception as error:  # whatever a compiler of this size raises or asserts, the candidate is out
@@ -203,14 +211,14 @@ def compile_all(jobs: list[Job], arch: int, workers: int) -> dict[Job, offline.B
 
 def usable(build: offline.Build | str, arch: int) -> bool:
     """No spills, and the shared memory is there."""
-    return not isinstance(build, str) and build.spills == 0 and build.shared <= offline.SHARED_LIMIT[arch]
+    return not isinstance(build, str) and build.spills == 0 and build.shared <= offline.shared_limit(arch)
 
 
 class Bench:
     """What runs on the device, in a process of its own: a kernel that hangs or breaks the context costs no more."""
 
-    def __init__(self) -> None:
-        self.device = torch.device("cuda")
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cuda")
         self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=self.device)
         self.key: tuple | None = None
 
@@ -353,6 +361,47 @@ def tune_kernel(
     return records
 
 
+def autotune(key: Key, problem: Problem, device: torch.device) -> TileConfig:
+    """The fastest right one of a few configurations for `key`, kept for the next process; the fallback if none is.
+
+    Times a relative of `problem` that fills the device, and says so on stderr, since it takes seconds.
+    """
+    print(f"flash2: tuning the Triton kernel {key}, once on this machine", file=sys.stderr)
+    major, minor = torch.cuda.get_device_capability(device)
+    arch = 10 * major + minor
+    seq = min(4096, max(problem.seq_q, problem.seq_kv))
+    group = problem.heads_q // problem.heads_kv
+    heads_kv = max(1, min(problem.heads_kv, 32 // group))
+    problem = problem.replace(batch=max(1, 16384 // seq), heads_q=heads_kv * group, heads_kv=heads_kv, seq_q=seq,
+                              seq_kv=seq, scale=None, pass_="fwd+bwd")  # fmt: skip
+    bench, right = Bench(device), []
+    for config in likely(key, problem, arch):
+        _, build = compile_job((key.kernel, problem, config), arch)
+        if usable(build, arch) and not isinstance(bench.judge(key.kernel, problem, config), str):
+            right.append(config)
+        if len(right) == AUTOTUNED:
+            break
+    times = bench.race(key.kernel, problem, right, 8)
+    best = right[times.index(min(times))] if right else configs.fallback(key)
+    configs.keep(torch.cuda.get_device_name(device), key, best)
+    return best
+
+
+def likely(key: Key, problem: Problem, arch: int) -> list[TileConfig]:
+    """candidates() in the order worth trying: what won on other devices, then the larger tiles; few stages first."""
+    won = {
+        config.replace(tma=False, late=False, prepared=False)
+        for name in configs.TABLES
+        for (kernel, precision, _, _), config in configs.table(name).items()
+        if (kernel, precision) == (key.kernel, key.precision)
+    }
+    plain = {
+        config: config.replace(tma=False, late=False, prepared=False)
+        for config in candidates(key.kernel, problem, arch)
+    }
+    return sorted(plain, key=lambda c: (plain[c] not in won, -c.block_m * c.block_n, c.num_stages, str(c)))
+
+
 def rivals(problem: Problem, device: torch.device, rounds: int) -> dict[str, tuple[float, float]]:
     """name -> (forward, backward) milliseconds of torch's pinned SDPA kernels, for scale."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -379,7 +428,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m flash2.backends.triton_fa2.tune", description=__doc__)
     words = lambda text: text.split(",")  # noqa: E731
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--kernel", type=words, default=list(KERNELS), help="of fwd,dkdv,dq (default: all)")
+    parser.add_argument("--kernel", type=words, default=list(KERNELS), help=f"of {','.join(KERNELS)} (default: all)")
     parser.add_argument("--precision", type=words, default=["bf16"], help="classes of maths, e.g. bf16,tf32,bf16x6")
     parser.add_argument("--head-dim", type=numbers, default=[64, 128, 256])
     parser.add_argument("--mask", type=words, default=["full", "causal"])
@@ -388,6 +437,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=2048, help="heads * head_dim")
     parser.add_argument("--keep", type=int, default=6, help="candidates timed at every length")
     parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--only", default="", help="try only configurations with this in their name, e.g. late")
     parser.add_argument("--ws", action="store_true", help="also try warp specialisation (may hang; a hang costs 20 s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--budget", type=float, default=460, help="seconds after which no new cell is begun")
@@ -416,7 +466,10 @@ def main(arguments: list[str] | None = None) -> int:
     arch = 10 * torch.cuda.get_device_capability()[0]
     grid = cells(options)
     jobs = [
-        (kernel, problems[0], config) for kernel, problems in grid for config in candidates(kernel, problems[0], arch)
+        (kernel, problems[0], config)
+        for kernel, problems in grid
+        for config in candidates(kernel, problems[0], arch, ws=options.ws)
+        if options.only in str(config)
     ]
     jobs += [(kernel, problems[0], STARTERS[kernel]) for kernel, problems in grid]
     builds = compile_all(list(dict.fromkeys(jobs)), arch, options.workers)
