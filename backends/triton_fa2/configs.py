@@ -19,6 +19,8 @@ from pathlib import Path
 
 KERNELS = ("fwd", "dkdv", "dk", "dv", "dq")
 FLAGS = ("tma", "ws", "one_loop", "late", "prepared", "split")
+# full: every key is visible. masked: a causal mask. dressed: a window's left edge, softcap or ALiBi, which want registers.
+WORK = ("full", "masked", "dressed")
 EXAMPLE = "64x128 w4 s2 tma"
 
 
@@ -74,102 +76,115 @@ class Key:
     """Everything a configuration may depend on, and nothing else.
 
     kernel: one of KERNELS. arch: sm80, sm86 (also 8.9), sm90, sm100, sm120, or "cpu" for the interpreter.
-    precision: the class of maths. block_d: head_dim padded to a power of two. masked: a causal or windowed
-    problem, whose tiles near the diagonal are work of their own. seq: the longer length's bucket (short, long).
+    precision: the class of maths. block_d: head_dim padded to a power of two. work: what a tile has beside its
+    products: one of WORK. seq: the longer length's bucket (short, long).
     """
 
     kernel: str
     arch: str
     precision: str
     block_d: int
-    masked: bool
+    work: str
     seq: str
 
     def __str__(self) -> str:
-        mask = "masked" if self.masked else "full"
-        return f"{self.kernel}-{self.arch}-{self.precision}-d{self.block_d}-{mask}-{self.seq}"
+        return f"{self.kernel}-{self.arch}-{self.precision}-d{self.block_d}-{self.work}-{self.seq}"
 
 
 # Measured by tune.py; docs/performance.md says why these win. Rows hold for head_dims down to the next smaller one.
+# A problem's odd lengths make tiles at its edges: that is one_loop in a row of full ones.
 TABLES = {
     "sm90": """
-        fwd   bf16,fp16   64 full    64x128 w4 s2 tma late
-        fwd   bf16,fp16   64 masked  64x128 w4 s2 tma one_loop
-        fwd   bf16,fp16  128 full    128x64 w4 s2 tma
-        fwd   bf16,fp16  128 masked  64x64 w4 s3 tma one_loop
-        fwd   bf16,fp16  256 full    128x64 w8 s2 tma late
-        fwd   bf16,fp16  256 masked  128x64 w8 s2 tma late
-        dkdv  bf16,fp16   64 full    64x64 w4 s3 tma
-        dkdv  bf16,fp16   64 masked  64x64 w4 s3 tma
-        dkdv  bf16,fp16  128 full    64x64 w4 s2 tma
-        dkdv  bf16,fp16  128 masked  64x64 w4 s2 tma
-        dkdv  bf16,fp16  256 full    32x64 w8 s2 tma split
-        dkdv  bf16,fp16  256 masked  32x64 w8 s2 tma split
-        dk    bf16,fp16  256 full    32x128 w8 s3 tma
-        dk    bf16,fp16  256 masked  64x64 w4 s2 tma
-        dv    bf16,fp16  256 full    64x128 w8 s2 tma
-        dv    bf16,fp16  256 masked  64x128 w8 s2 tma
-        dq    bf16,fp16   64 full    64x128 w4 s3 tma
-        dq    bf16,fp16   64 masked  64x64 w4 s3 tma
-        dq    bf16,fp16  128 full    64x64 w4 s2 tma
-        dq    bf16,fp16  128 masked  128x64 w8 s3 tma
-        dq    bf16,fp16  256 full    128x32 w8 s3 tma
-        dq    bf16,fp16  256 masked  128x32 w8 s3 tma
-        fwd   tf32        64 full    128x64 w4 s2 tma prepared
-        fwd   tf32        64 masked  128x64 w8 s2 tma one_loop prepared
-        dkdv  tf32        64 full    64x128 w8 s3 tma
-        dkdv  tf32        64 masked  64x128 w8 s3 tma one_loop
-        dq    tf32        64 full    128x128 w8 s2 tma
-        dq    tf32        64 masked  128x64 w8 s3 tma one_loop
-        fwd   bf16x6      64 full    64x32 w4 s3 tma prepared
-        fwd   bf16x6      64 masked  64x32 w4 s3 tma prepared
-        dkdv  bf16x6      64 full    32x64 w4 s2 tma prepared split
-        dkdv  bf16x6      64 masked  32x64 w4 s2 tma prepared split
-        dk    bf16x6      64 full    64x64 w4 s2 tma prepared
-        dk    bf16x6      64 masked  64x64 w4 s2 tma one_loop prepared
-        dv    bf16x6      64 full    64x64 w4 s2 tma prepared
-        dv    bf16x6      64 masked  64x64 w4 s2 tma prepared
-        dq    bf16x6      64 full    64x64 w4 s2 tma prepared
-        dq    bf16x6      64 masked  64x64 w4 s2 tma one_loop prepared
-        fwd   bf16x3      64 full    64x64 w4 s2 tma late prepared
-        fwd   bf16x3      64 masked  64x64 w4 s2 tma one_loop prepared
-        dkdv  bf16x3      64 full    32x64 w4 s3 tma prepared
-        dkdv  bf16x3      64 masked  32x64 w4 s3 tma one_loop prepared
-        dq    bf16x3      64 full    64x32 w4 s3 tma prepared
-        dq    bf16x3      64 masked  64x32 w4 s3 tma prepared
-        fwd   tf32x3      64 full    128x64 w8 s3 tma
-        fwd   tf32x3      64 masked  128x64 w8 s3 tma
-        dkdv  tf32x3      64 full    32x128 w8 s3
-        dkdv  tf32x3      64 masked  32x128 w8 s2 one_loop
-        dq    tf32x3      64 full    128x32 w8 s3 tma
-        dq    tf32x3      64 masked  128x64 w8 s3
-        fwd   ieee        64 full    64x32 w8 s2
-        fwd   ieee        64 masked  32x64 w4 s2 one_loop
-        dkdv  ieee        64 full    64x64 w8 s1
-        dkdv  ieee        64 masked  64x64 w8 s2 one_loop
-        dq    ieee        64 full    64x32 w8 s2
-        dq    ieee        64 masked  32x32 w4 s2
+        fwd   bf16,fp16   64 full     64x128 w4 s2 tma one_loop late
+        fwd   bf16,fp16   64 masked   64x128 w4 s2 tma one_loop
+        fwd   bf16,fp16  128 full     128x64 w4 s2 tma one_loop
+        fwd   bf16,fp16  128 masked   64x64 w4 s3 tma one_loop
+        fwd   bf16,fp16  256 full     128x64 w8 s2 tma one_loop late
+        fwd   bf16,fp16  256 masked   128x64 w8 s2 tma late
+        fwd   bf16,fp16  256 dressed  128x64 w8 s2 tma one_loop late
+        dkdv  bf16,fp16   64 full     64x64 w4 s3 tma
+        dkdv  bf16,fp16   64 masked   64x64 w4 s3 tma
+        dkdv  bf16,fp16   64 dressed  64x64 w4 s3 tma one_loop
+        dkdv  bf16,fp16  128 full     64x64 w4 s2 tma
+        dkdv  bf16,fp16  128 masked   64x64 w4 s2 tma
+        dkdv  bf16,fp16  128 dressed  32x128 w8 s2 tma one_loop
+        dkdv  bf16,fp16  256 full     32x64 w8 s2 tma split
+        dkdv  bf16,fp16  256 masked   32x64 w8 s2 tma split
+        dk    bf16,fp16  256 full     32x128 w8 s3 tma
+        dk    bf16,fp16  256 masked   64x64 w4 s2 tma
+        dk    bf16,fp16  256 dressed  32x128 w8 s3 tma one_loop
+        dv    bf16,fp16  256 full     64x128 w8 s2 tma
+        dv    bf16,fp16  256 masked   64x128 w8 s2 tma
+        dv    bf16,fp16  256 dressed  64x128 w8 s2 tma one_loop
+        dq    bf16,fp16   64 full     64x128 w4 s3 tma
+        dq    bf16,fp16   64 masked   64x64 w4 s3 tma
+        dq    bf16,fp16  128 full     64x64 w4 s2 tma
+        dq    bf16,fp16  128 masked   128x64 w8 s3 tma
+        dq    bf16,fp16  256 full     128x32 w8 s3 tma
+        dq    bf16,fp16  256 masked   128x32 w8 s3 tma
+        dq    bf16,fp16  256 dressed  128x32 w8 s3 tma one_loop
+        fwd   tf32        64 full     128x64 w4 s2 tma one_loop prepared
+        fwd   tf32        64 masked   128x64 w8 s2 tma one_loop prepared
+        dkdv  tf32        64 full     64x128 w8 s3 tma
+        dkdv  tf32        64 masked   64x128 w8 s3 tma one_loop
+        dq    tf32        64 full     128x128 w8 s2 tma
+        dq    tf32        64 masked   128x64 w8 s3 tma one_loop
+        fwd   bf16x6      64 full     64x32 w4 s3 tma prepared
+        fwd   bf16x6      64 masked   64x32 w4 s3 tma prepared
+        dkdv  bf16x6      64 full     32x64 w4 s2 tma prepared split
+        dkdv  bf16x6      64 masked   32x64 w4 s2 tma prepared split
+        dk    bf16x6      64 full     64x64 w4 s2 tma prepared
+        dk    bf16x6      64 masked   64x64 w4 s2 tma one_loop prepared
+        dk    bf16x6      64 dressed  32x64 w4 s2 tma one_loop prepared
+        dv    bf16x6      64 full     64x64 w4 s2 tma prepared
+        dv    bf16x6      64 masked   64x64 w4 s2 tma prepared
+        dq    bf16x6      64 full     64x64 w4 s2 tma prepared
+        dq    bf16x6      64 masked   64x64 w4 s2 tma one_loop prepared
+        fwd   bf16x3      64 full     64x64 w4 s2 tma late prepared
+        fwd   bf16x3      64 masked   64x64 w4 s2 tma one_loop prepared
+        dkdv  bf16x3      64 full     32x64 w4 s3 tma prepared
+        dkdv  bf16x3      64 masked   32x64 w4 s3 tma one_loop prepared
+        dq    bf16x3      64 full     64x32 w4 s3 tma prepared
+        dq    bf16x3      64 masked   64x32 w4 s3 tma prepared
+        fwd   tf32x3      64 full     128x64 w8 s3 tma
+        fwd   tf32x3      64 masked   128x64 w8 s3 tma
+        dkdv  tf32x3      64 full     32x128 w8 s3
+        dkdv  tf32x3      64 masked   32x128 w8 s2 one_loop
+        dkdv  tf32x3      64 dressed  32x32 w4 s1 one_loop
+        dq    tf32x3      64 full     128x32 w8 s3 tma one_loop
+        dq    tf32x3      64 masked   128x64 w8 s2 one_loop
+        fwd   ieee        64 full     64x32 w8 s2
+        fwd   ieee        64 masked   32x64 w4 s2 one_loop
+        dkdv  ieee        64 full     64x32 w4 s1
+        dkdv  ieee        64 masked   64x32 w4 s1 one_loop
+        dkdv  ieee        64 dressed  32x32 w8 s1 one_loop
+        dq    ieee        64 full     64x32 w8 s2
+        dq    ieee        64 masked   32x32 w4 s2
     """,
 }
 
 
 @functools.cache
-def table(arch: str) -> dict[tuple[str, str, int, bool], TileConfig]:
-    """TABLES[arch] by (kernel, class, block_d, masked); empty for an arch that nobody measured."""
+def table(arch: str) -> dict[tuple[str, str, int, str], TileConfig]:
+    """TABLES[arch] by (kernel, class, block_d, work); empty for an arch that nobody measured."""
     rows = {}
     for line in TABLES.get(arch, "").strip().splitlines():
-        kernel, classes, block_d, mask, config = line.split(maxsplit=4)
+        kernel, classes, block_d, work, config = line.split(maxsplit=4)
         for precision in classes.split(","):
-            rows[kernel, precision, int(block_d), mask == "masked"] = parse(config)
+            rows[kernel, precision, int(block_d), work] = parse(config)
     return rows
 
 
 def known(key: Key) -> TileConfig | None:
-    """The table's row for `key`: its own head_dim's, else that of the next larger one."""
+    """The table's row for `key`: its own head_dim's, else that of the next larger one; the masked one where no
+    dressed one is needed."""
     rows = table(key.arch)
-    larger = sorted(d for kernel, precision, d, masked in rows if d >= key.block_d
-                    and (kernel, precision, masked) == (key.kernel, key.precision, key.masked))  # fmt: skip
-    return rows[key.kernel, key.precision, larger[0], key.masked] if larger else None
+    for block_d in (16, 32, 64, 128, 256):
+        for work in ("dressed", "masked") if key.work == "dressed" else (key.work,):
+            row = rows.get((key.kernel, key.precision, block_d, work))
+            if row is not None and block_d >= key.block_d:
+                return row
+    return None
 
 
 def choose(key: Key, device_name: str = "") -> tuple[TileConfig, str] | None:

@@ -265,9 +265,10 @@ class Maths:
 
     def key(self, kernel: str) -> Key:
         """What the table of configurations is asked for."""
+        dressed = self.features["LEFT"] or self.features["SOFTCAP"] or self.features["ALIBI"]
         return Key(
             kernel=kernel, arch=self.arch, precision=self.spec_precision, block_d=self.block_d,
-            masked=self.features["LEFT"] or self.features["RIGHT"],
+            work="dressed" if dressed else "masked" if self.features["RIGHT"] else "full",
             seq="short" if max(self.sizes[2:4]) <= 1024 else "long",
         )  # fmt: skip
 

@@ -42,7 +42,7 @@ def candidates(kernel: str, problem: Problem, arch: int, *, ws: bool = False) ->
     wide = problem.dtype == "fp32"
     if kernel in ("dk", "dv") and block_d < 256 and problem.precision != "bf16x6":
         return []  # both accumulators fit into the registers
-    masked = problem.band != (None, None)
+    masked = problem.band != (None, None) or problem.softcap != 0 or problem.alibi
     hopper = arch >= 90 and arch != 120
     parts = {"bf16x3": 2, "bf16x6": 3}.get(problem.precision, 1)
     turned = kernel == "fwd" and problem.precision == "tf32"

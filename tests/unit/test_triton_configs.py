@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,8 +12,8 @@ triton = pytest.importorskip("triton")
 from flash2.backends.triton_fa2 import configs  # noqa: E402
 from flash2.backends.triton_fa2.configs import Key, TileConfig, parse  # noqa: E402
 
-KEY = Key(kernel="fwd", arch="sm90", precision="bf16", block_d=128, masked=False, seq="long")
-UNKNOWN = Key(kernel="fwd", arch="sm80", precision="bf16", block_d=128, masked=False, seq="long")
+KEY = Key(kernel="fwd", arch="sm90", precision="bf16", block_d=128, work="full", seq="long")
+UNKNOWN = Key(kernel="fwd", arch="sm80", precision="bf16", block_d=128, work="full", seq="long")
 
 
 @pytest.fixture(autouse=True)
@@ -57,26 +58,32 @@ def test_a_wrong_configuration_is_told_what_one_is(text, says):
         parse(text)
 
 
-def test_every_row_of_the_tables_is_a_configuration_for_a_kernel_and_class_there_is():
+def test_every_row_of_the_tables_is_for_a_kernel_and_class_there_is():
     for arch in configs.TABLES:
         rows = configs.table(arch)
         assert rows
-        for kernel, precision, block_d, masked in rows:
+        for (kernel, precision, block_d, work), config in rows.items():
             assert kernel in configs.KERNELS
             assert precision in ("bf16", "fp16", "tf32", "bf16x6", "bf16x3", "tf32x3", "ieee")
             assert block_d in (16, 32, 64, 128, 256)
-            assert (kernel, precision, block_d, not masked) in rows  # nobody tunes one mask alone
-        for (kernel, precision, block_d, masked), config in rows.items():
+            assert work in configs.WORK
+            assert {(kernel, precision, block_d, kind) for kind in ("full", "masked")} <= set(
+                rows
+            )  # nobody tunes one alone
             if config.split:
                 assert kernel == "dkdv"
-                assert {("dk", precision, block_d, masked), ("dv", precision, block_d, masked)} <= set(rows)
+                assert {(kind, precision, block_d, work) for kind in ("dk", "dv")} <= set(rows)
 
 
 def test_a_row_serves_the_smaller_head_dims_but_no_larger_one():
-    assert configs.known(KEY) == configs.table("sm90")["fwd", "bf16", 128, False]
-    small = Key(kernel="fwd", arch="sm90", precision="bf16", block_d=16, masked=True, seq="short")
-    assert configs.known(small) == configs.table("sm90")["fwd", "bf16", 64, True]
-    wide = Key(kernel="fwd", arch="sm90", precision="tf32", block_d=256, masked=True, seq="short")
+    assert configs.known(KEY) == configs.table("sm90")["fwd", "bf16", 128, "full"]
+    small = Key(kernel="fwd", arch="sm90", precision="bf16", block_d=16, work="masked", seq="short")
+    assert configs.known(small) == configs.table("sm90")["fwd", "bf16", 64, "masked"]
+    dressed = dataclasses.replace(KEY, kernel="dkdv", work="dressed")
+    assert configs.known(dressed) == configs.table("sm90")["dkdv", "bf16", 128, "dressed"]
+    plain = dataclasses.replace(KEY, work="dressed")  # has no row of its own
+    assert configs.known(plain) == configs.table("sm90")["fwd", "bf16", 128, "masked"]
+    wide = Key(kernel="fwd", arch="sm90", precision="tf32", block_d=256, work="masked", seq="short")
     assert configs.known(wide) is None
     assert configs.choose(wide) == (configs.fallback(wide), "fallback")  # a known device tunes nothing
 
