@@ -13,6 +13,7 @@ from flash2.backends.triton_fa2.tiles import (
     EDGES,
     NONE,
     dot,
+    dot_in_chunks,
     head_of,
     key_range,
     load_rows,
@@ -64,7 +65,7 @@ def gradients_kv(
     heads_kv, group, seq_q, seq_kv, rows_padded, head_dim, left, right, scale, cap, dscale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     UNEVEN: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, PARTS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, PARTS: tl.constexpr, CHUNKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dv[j] = sum_i p[i,j] do[i] and dk[j] = sum_i ds[i,j] q[i], BLOCK_N keys of one head, all its query heads.
@@ -118,24 +119,24 @@ def gradients_kv(
             slope = tl.load(slopes + batch * stride_sb + head * stride_sh) * 1.4426950408889634
         if ONE_LOOP or not (LEFT or RIGHT):
             dk_acc, dv_acc = gather_kv(
-                dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
+                dk_acc, dv_acc, k_tile, v_tile, k_head, v_head, start_n, stride_kn, stride_vn, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
                 lo, hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
-                slope, EDGES if LEFT or RIGHT else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, DK, DV, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
+                slope, EDGES if LEFT or RIGHT else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, DK, DV, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
         else:
             if RIGHT:
                 dk_acc, dv_acc = gather_kv(
-                    dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
+                    dk_acc, dv_acc, k_tile, v_tile, k_head, v_head, start_n, stride_kn, stride_vn, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
                     lo, full_lo, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
-                    slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, DK, DV, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
+                    slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, DK, DV, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
             dk_acc, dv_acc = gather_kv(
-                dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
+                dk_acc, dv_acc, k_tile, v_tile, k_head, v_head, start_n, stride_kn, stride_vn, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
                 full_lo, full_hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
-                slope, NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, DK, DV, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
+                slope, NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, DK, DV, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
             if LEFT:
                 dk_acc, dv_acc = gather_kv(
-                    dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
+                    dk_acc, dv_acc, k_tile, v_tile, k_head, v_head, start_n, stride_kn, stride_vn, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
                     full_hi, hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
-                    slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, DK, DV, STAGES, BLOCK_M, BLOCK_D)  # fmt: skip
+                    slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, DK, DV, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
 
     dk_head = head_of(dk, batch, head_kv, stride_dkb, stride_dkh, False)
     dv_head = head_of(dv, batch, head_kv, stride_dvb, stride_dvh, False)
@@ -147,11 +148,11 @@ def gradients_kv(
 
 @triton.jit
 def gather_kv(
-    dk_acc, dv_acc, k_tile, v_tile, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
+    dk_acc, dv_acc, k_tile, v_tile, k_head, v_head, start_n, stride_kn, stride_vn, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
     lo, hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap, slope,
     MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     UNEVEN: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    PARTS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, CHUNKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What query rows [lo, hi) add to dk (without the scale) and dv, on transposed tiles; those inside
     [full_lo, full_hi) need no mask."""
@@ -160,7 +161,10 @@ def gather_kv(
         i = start_m + tl.arange(0, BLOCK_M) + offset
         q_tile = load_tile(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, UNEVEN, TMA, WIDE, PARTS)  # fmt: skip
         lse_row = load_rows(lse2, row, start_m, rows_padded, BLOCK_M, TMA)
-        s = dot(k_tile, turn(q_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_N, BLOCK_M]
+        if CHUNKED:
+            s = dot_in_chunks(k_head, start_n, seq_kv, stride_kn, q_head, start_m, seq_q, stride_qm, head_dim, BLOCK_N, BLOCK_M, BLOCK_D, PAD_D, True, UNEVEN, WIDE)  # fmt: skip
+        else:
+            s = dot(k_tile, turn(q_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_N, BLOCK_M]
         s, t = logits(s, i[None, :], j[:, None], scale, cap, slope, SOFTCAP, ALIBI)
         p = tl.exp2(s - lse_row[None, :])
         if MASK == ALL:
@@ -173,7 +177,10 @@ def gather_kv(
             dv_acc = dot(operand(p, g_tile, PARTS), g_tile, dv_acc, PRECISION, PARTS)  # [BLOCK_N, BLOCK_D]
         if DK:
             delta_row = load_rows(delta, row, start_m, rows_padded, BLOCK_M, TMA)
-            dp = dot(v_tile, turn(g_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_N, BLOCK_M]
+            if CHUNKED:
+                dp = dot_in_chunks(v_head, start_n, seq_kv, stride_vn, g_head, start_m, seq_q, stride_gm, head_dim, BLOCK_N, BLOCK_M, BLOCK_D, PAD_D, True, UNEVEN, WIDE)  # fmt: skip
+            else:
+                dp = dot(v_tile, turn(g_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta_row[None, :])
             if SOFTCAP:
                 ds = ds * (1.0 - t * t)
@@ -189,7 +196,7 @@ def gradients_q(
     heads, group, seq_q, seq_kv, rows_padded, head_dim, left, right, scale, cap, dscale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, TAIL: tl.constexpr,
     UNEVEN: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, PARTS: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, PARTS: tl.constexpr, CHUNKED: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq[i] = sum_j ds[i,j] k[j], BLOCK_M rows of one head."""
@@ -222,35 +229,36 @@ def gradients_q(
     EDGE: tl.constexpr = LEFT or RIGHT or TAIL
     if ONE_LOOP or not EDGE:
         dq_acc = gather_q(
-            dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, lo, hi,
+            dq_acc, q_tile, g_tile, q_head, g_head, start_m, seq_q, stride_qm, stride_gm, lse_row, delta_row, k_head, v_head, batch, head // group, lo, hi,
             full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
-            EDGES if EDGE else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+            EDGES if EDGE else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
     else:
         if LEFT:
             dq_acc = gather_q(
-                dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, lo, full_lo,
+                dq_acc, q_tile, g_tile, q_head, g_head, start_m, seq_q, stride_qm, stride_gm, lse_row, delta_row, k_head, v_head, batch, head // group, lo, full_lo,
                 full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
-                ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+                ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
         dq_acc = gather_q(
-            dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, full_lo, full_hi,
+            dq_acc, q_tile, g_tile, q_head, g_head, start_m, seq_q, stride_qm, stride_gm, lse_row, delta_row, k_head, v_head, batch, head // group, full_lo, full_hi,
             full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
-            NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+            NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
         if RIGHT or TAIL:
             dq_acc = gather_q(
-                dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head // group, full_hi, hi,
+                dq_acc, q_tile, g_tile, q_head, g_head, start_m, seq_q, stride_qm, stride_gm, lse_row, delta_row, k_head, v_head, batch, head // group, full_hi, hi,
                 full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
-                ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+                ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
     dq_head = head_of(dq, batch, head, stride_dqb, stride_dqh, False)
     store_tile(dq_head, dq_acc * dscale, start_m, seq_q, stride_dqm, head_dim, BLOCK_M, BLOCK_D, WIDE)
 
 
 @triton.jit
 def gather_q(
-    dq_acc, q_tile, g_tile, lse_row, delta_row, k_head, v_head, batch, head_kv, lo, hi,
+    dq_acc, q_tile, g_tile, q_head, g_head, start_m, seq_q, stride_qm, stride_gm, lse_row, delta_row, k_head, v_head, batch, head_kv, lo, hi,
     full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
     MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     UNEVEN: tl.constexpr, TAIL: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr, PARTS: tl.constexpr, CHUNKED: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What keys [lo, hi) add to dq (without the scale); those inside [full_lo, full_hi) need no mask."""
     LOAD_TAIL: tl.constexpr = UNEVEN and MASK != NONE
@@ -259,8 +267,12 @@ def gather_q(
         j = start_n + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
         v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
-        s = dot(q_tile, turn(k_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_M, BLOCK_N]
-        dp = dot(g_tile, turn(v_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_M, BLOCK_N]
+        if CHUNKED:
+            s = dot_in_chunks(q_head, start_m, seq_q, stride_qm, k_head, start_n, seq_kv, stride_kn, head_dim, BLOCK_M, BLOCK_N, BLOCK_D, PAD_D, True, LOAD_TAIL, WIDE)  # fmt: skip
+            dp = dot_in_chunks(g_head, start_m, seq_q, stride_gm, v_head, start_n, seq_kv, stride_vn, head_dim, BLOCK_M, BLOCK_N, BLOCK_D, PAD_D, True, LOAD_TAIL, WIDE)  # fmt: skip
+        else:
+            s = dot(q_tile, turn(k_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_M, BLOCK_N]
+            dp = dot(g_tile, turn(v_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_M, BLOCK_N]
         s, t = logits(s, i[:, None], j[None, :], scale, cap, slope, SOFTCAP, ALIBI)
         p = tl.exp2(s - lse_row[:, None])
         ds = p * (dp - delta_row[:, None])

@@ -91,7 +91,7 @@ class Key:
         return f"{self.kernel}-{self.arch}-{self.precision}-d{self.block_d}-{self.work}-{self.seq}"
 
 
-# Measured by tune.py; docs/performance.md says why these win. Rows hold for head_dims down to the next smaller one.
+# Found by tune.py; no row spills, whatever a problem of its kind asks for. Rows hold for head_dims down to the next smaller one.
 # A problem's odd lengths make tiles at its edges: that is one_loop in a row of full ones.
 TABLES = {
     "sm90": """
@@ -153,13 +153,18 @@ TABLES = {
         dkdv  tf32x3      64 dressed  32x32 w4 s1 one_loop
         dq    tf32x3      64 full     128x32 w8 s3 tma one_loop
         dq    tf32x3      64 masked   128x64 w8 s2 one_loop
-        fwd   ieee        64 full     64x32 w8 s2
-        fwd   ieee        64 masked   32x64 w4 s2 one_loop
-        dkdv  ieee        64 full     64x32 w4 s1
-        dkdv  ieee        64 masked   64x32 w4 s1 one_loop
-        dkdv  ieee        64 dressed  32x32 w8 s1 one_loop
-        dq    ieee        64 full     64x32 w8 s2
-        dq    ieee        64 masked   32x32 w4 s2
+        fwd   ieee        64 full     64x64 w4 s2 one_loop
+        fwd   ieee        64 masked   64x64 w4 s2 one_loop
+        dkdv  ieee        64 full     32x64 w4 s2 split
+        dkdv  ieee        64 masked   32x64 w4 s2 split
+        dk    ieee        64 full     32x64 w4 s2
+        dk    ieee        64 masked   32x64 w4 s1 one_loop
+        dk    ieee        64 dressed  32x64 w4 s2 one_loop
+        dv    ieee        64 full     32x64 w4 s2
+        dv    ieee        64 masked   32x64 w4 s2 one_loop
+        dq    ieee        64 full     64x64 w4 s2 one_loop
+        dq    ieee        64 masked   64x64 w4 s2 one_loop
+        dq    ieee        64 dressed  64x32 w4 s2 one_loop
     """,
 }
 

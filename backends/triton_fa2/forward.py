@@ -8,6 +8,7 @@ from flash2.backends.triton_fa2.tiles import (
     EDGES,
     NONE,
     dot,
+    dot_in_chunks,
     head_of,
     key_range,
     load_tile,
@@ -31,7 +32,7 @@ def attention_forward(
     FOLD: tl.constexpr, NEGATE: tl.constexpr, UNEVEN: tl.constexpr, TAIL: tl.constexpr,
     PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr,
-    WS: tl.constexpr, ONE_LOOP: tl.constexpr, LATE: tl.constexpr, STAGES: tl.constexpr,
+    CHUNKED: tl.constexpr, WS: tl.constexpr, ONE_LOOP: tl.constexpr, LATE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """o[i] = sum_j softmax_j(logits(q[i].k[j])) v[j] and lse[i] (natural log), BLOCK_M rows of one head."""
@@ -69,24 +70,24 @@ def attention_forward(
             hi = tl.maximum(hi, lo + 1)
             tl.assume(lo < hi)
         acc, l_i, m_i = attend(
-            acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, lo, hi, full_lo, full_hi, i, seq_kv,
+            acc, l_i, m_i, q_tile, q_head, start_m, seq_q, stride_qm, k_head, v_head, batch, head // group, lo, hi, full_lo, full_hi, i, seq_kv,
             head_dim, stride_kn, stride_vn, left, right, scale, cap, slope, MASK, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD,
-            NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, WS, LATE, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+            NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, CHUNKED, WS, LATE, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
     else:
         if LEFT:
             acc, l_i, m_i = attend(
-                acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, lo, full_lo, full_lo, full_hi, i, seq_kv,
+                acc, l_i, m_i, q_tile, q_head, start_m, seq_q, stride_qm, k_head, v_head, batch, head // group, lo, full_lo, full_lo, full_hi, i, seq_kv,
                 head_dim, stride_kn, stride_vn, left, right, scale, cap, slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD,
-                NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, False, LATE, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+                NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, CHUNKED, False, LATE, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
         acc, l_i, m_i = attend(
-            acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, full_lo, full_hi, full_lo, full_hi, i, seq_kv,
+            acc, l_i, m_i, q_tile, q_head, start_m, seq_q, stride_qm, k_head, v_head, batch, head // group, full_lo, full_hi, full_lo, full_hi, i, seq_kv,
             head_dim, stride_kn, stride_vn, left, right, scale, cap, slope, NONE, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD,
-            NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, False, LATE, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+            NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, CHUNKED, False, LATE, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
         if RIGHT or TAIL:
             acc, l_i, m_i = attend(
-                acc, l_i, m_i, q_tile, k_head, v_head, batch, head // group, full_hi, hi, full_lo, full_hi, i, seq_kv,
+                acc, l_i, m_i, q_tile, q_head, start_m, seq_q, stride_qm, k_head, v_head, batch, head // group, full_hi, hi, full_lo, full_hi, i, seq_kv,
                 head_dim, stride_kn, stride_vn, left, right, scale, cap, slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD,
-                NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, False, LATE, STAGES, BLOCK_N, BLOCK_D)  # fmt: skip
+                NEGATE, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, CHUNKED, False, LATE, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
 
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)  # a row that saw no key: o = 0, and lse = m_i = -inf
     acc = acc * (1.0 / l_safe)[:, None]
@@ -98,14 +99,14 @@ def attention_forward(
 
 @triton.jit
 def attend(
-    acc, l_i, m_i, q_tile, k_head, v_head, batch, head_kv, lo, hi, full_lo, full_hi, i, seq_kv,
+    acc, l_i, m_i, q_tile, q_head, start_m, seq_q, stride_qm, k_head, v_head, batch, head_kv, lo, hi, full_lo, full_hi, i, seq_kv,
     head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
     MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     FOLD: tl.constexpr, NEGATE: tl.constexpr, UNEVEN: tl.constexpr, TAIL: tl.constexpr,
     PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr,
-    WS: tl.constexpr, LATE: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHUNKED: tl.constexpr, WS: tl.constexpr, LATE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over keys [lo, hi), of which the tiles inside [full_lo, full_hi) need no mask.
 
@@ -133,8 +134,11 @@ def attend(
     else:
         for start_n in tl.range(lo, hi, BLOCK_N, num_stages=STAGES, warp_specialize=WS):
             start_n = tl.multiple_of(start_n, BLOCK_N)
-            k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
-            s = dot(q_tile, turn(k_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_M, BLOCK_N]
+            if CHUNKED:
+                s = dot_in_chunks(q_head, start_m, seq_q, stride_qm, k_head, start_n, seq_kv, stride_kn, head_dim, BLOCK_M, BLOCK_N, BLOCK_D, PAD_D, True, LOAD_TAIL, WIDE)  # fmt: skip
+            else:
+                k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
+                s = dot(q_tile, turn(k_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_M, BLOCK_N]
             p, alpha, l_i, m_i = online_softmax(s, l_i, m_i, start_n, full_lo, full_hi, i, seq_kv, left, right, scale, cap, slope, MASK, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE, TAIL, BLOCK_N)  # fmt: skip
             v_tile = load_v(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS, TURNED)  # fmt: skip
             acc = dot(operand(p, v_tile, PARTS), v_tile, acc * alpha[:, None], PRECISION, PARTS)  # [BLOCK_M, BLOCK_D]

@@ -106,7 +106,8 @@ def plan_forward(q, k, v, o, spec: Spec, pins: Pins) -> Launch | Prepared:
          abs(scale) if negate else scale, maths.cap),
         dict(maths.features, FOLD=maths.fold, NEGATE=negate, UNEVEN=seq_kv % n != 0, TAIL=maths.tail(config),
              PAD_D=maths.pad_d, WIDE=too_wide(q, k, v, o), PRECISION=maths.precision, TMA=config.tma, PARTS=parts,
-             TURNED=turned, WS=config.ws, ONE_LOOP=config.one_loop, LATE=config.late, STAGES=config.num_stages,
+             TURNED=turned, CHUNKED=maths.chunked(config), WS=config.ws, ONE_LOOP=config.one_loop, LATE=config.late,
+             STAGES=config.num_stages,
              BLOCK_M=m, BLOCK_N=n, BLOCK_D=d),
     )  # fmt: skip
     if turned:
@@ -147,7 +148,7 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, pins: Pins) -> Backwar
     def constants(config: TileConfig) -> dict:
         return dict(
             maths.features, PAD_D=maths.pad_d, WIDE=wide, PRECISION=maths.precision, TMA=config.tma,
-            PARTS=maths.parts(config), ONE_LOOP=config.one_loop, STAGES=config.num_stages,
+            PARTS=maths.parts(config), CHUNKED=maths.chunked(config), ONE_LOOP=config.one_loop, STAGES=config.num_stages,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=d,
         )  # fmt: skip
 
@@ -262,6 +263,10 @@ class Maths:
     def parts(self, config: TileConfig) -> int:
         """How many bfloat16 parts the tensors that `config`'s programs share are split into beforehand."""
         return {"bf16x3": 2, "bf16x6": 3}.get(self.precision, 1) if config.prepared else 1
+
+    def chunked(self, config: TileConfig) -> bool:
+        """Are products over head_dim taken in pieces? IEEE float32 is, where no tensor core multiplies."""
+        return self.spec_precision == "ieee" and not config.tma
 
     def key(self, kernel: str) -> Key:
         """What the table of configurations is asked for."""

@@ -12,6 +12,7 @@ import triton.language as tl
 
 # Chosen by Triton when it is imported, so read once, here, for everybody.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+CHUNK = tl.constexpr(16)
 INTERPRETED = tl.constexpr(INTERPRET)
 # Which tiles of a loop are masked.
 NONE, EDGES, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -43,6 +44,23 @@ def dot(a, b, acc, PRECISION: tl.constexpr, PARTS: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_in_chunks(a, start_a, seq_a, stride_a, b, start_b, seq_b, stride_b, head_dim,
+                  ROWS_A: tl.constexpr, ROWS_B: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
+                  TAIL_A: tl.constexpr, TAIL_B: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Rows of a @ rows of b transposed, in IEEE float32, CHUNK columns of head_dim at a time.
+
+    Without tensor cores every thread multiplies whole rows of its operands: those of a full head_dim are more than
+    its registers hold, and a compiler that keeps one of them over a loop spills it.
+    """
+    acc = tl.zeros([ROWS_A, ROWS_B], tl.float32)
+    for d in tl.static_range(0, BLOCK_D, CHUNK):
+        x = load_tile(a + d, 0, 0, start_a, seq_a, stride_a, head_dim - d, ROWS_A, CHUNK, PAD_D, TAIL_A, False, WIDE, 1)  # fmt: skip
+        y = load_tile(b + d, 0, 0, start_b, seq_b, stride_b, head_dim - d, ROWS_B, CHUNK, PAD_D, TAIL_B, False, WIDE, 1)  # fmt: skip
+        acc = dot(x, tl.trans(y), acc, "ieee", 1)
+    return acc
 
 
 @triton.jit

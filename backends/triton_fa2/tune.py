@@ -40,7 +40,7 @@ def candidates(kernel: str, problem: Problem, arch: int, *, ws: bool = False) ->
     warp-specialised ones, which may hang."""
     block_d = max(16, triton.next_power_of_2(problem.head_dim))
     wide = problem.dtype == "fp32"
-    if kernel in ("dk", "dv") and block_d < 256 and problem.precision != "bf16x6":
+    if kernel in ("dk", "dv") and block_d < 256 and problem.precision not in ("bf16x6", "ieee"):
         return []  # both accumulators fit into the registers
     masked = problem.band != (None, None) or problem.softcap != 0 or problem.alibi
     hopper = arch >= 90 and arch != 120
@@ -69,7 +69,7 @@ def candidates(kernel: str, problem: Problem, arch: int, *, ws: bool = False) ->
         if (late or prepared) and not tma:
             continue
         if problem.precision == "ieee":  # bound by the fma units, not by loads
-            useful = not tma and not late and m * n <= 512 * warps and stages <= 2
+            useful = not tma and not late and m * n <= 1024 * warps and stages <= 2
         elif wide:  # operands and their split parts want registers too
             useful = registers <= 160 and stages in (2, 3)
         else:  # without descriptors registers are short: one choice each
