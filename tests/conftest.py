@@ -1,7 +1,9 @@
 """Options of the whole suite: which device the contract is tested on, and which backends."""
 
+import dataclasses
 import logging
 import os
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -38,6 +40,21 @@ def pytest_configure(config):
     if os.environ.get("TRITON_INTERPRET") == "1":  # its numpy warns where a GPU is silent: nan, inf - inf, old idioms
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
         config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+        quicken_interpreter()
+
+
+def quicken_interpreter():
+    """Triton's interpreter replaces the functions of triton.language when a kernel starts, and again in every helper
+    that the kernel calls; once, in both of the language's modules, is enough. Its check of every integer sum for
+    overflow is for lengths that nobody interprets. The two are more than half of its time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, everywhere = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang = lambda function: patch(everywhere)
+    interpreter.InterpretedFunction.__call__ = lambda helper, *args, **kwargs: helper.rewrite()(*args, **kwargs)
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 @pytest.fixture
