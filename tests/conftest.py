@@ -28,6 +28,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="also try every shape on backends that compile each one for seconds",
     )
+    group.addoption(
+        "--every-kernel",
+        action="store_true",
+        help="compile every shipped kernel for every architecture, not a choice of them",
+    )
 
 
 def pytest_configure(config):

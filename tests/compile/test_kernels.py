@@ -1,0 +1,172 @@
+"""Every shipped kernel compiled to SASS for every architecture: no spills, and the instructions that are meant.
+
+A choice of them by default; `pytest tests/compile --every-kernel` has all, about an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+pytest.importorskip("triton")
+
+import builds
+from builds import PRECISIONS, TENSOR_CORE, compiled, complaints, shipped
+
+from flash2.backends.triton_fa2 import offline
+from flash2.backends.triton_fa2.configs import TileConfig
+from flash2.core.problem import Problem
+
+# What a problem may ask of a kernel. "-rest": lengths and a head_dim that fill no tile, without tensor descriptors.
+REST = {"seq_q": 2047, "seq_kv": 2045}
+FEATURES = {
+    "full": {},
+    "full-rest": REST,
+    "causal": {"causal": True},
+    "causal-rest": {"causal": True, **REST},
+    "window": {"causal": True, "window": (512, 0)},
+    "softcap": {"softcap": 30.0},
+    "alibi": {"causal": True, "alibi": True},
+    "all": {"causal": True, "window": (512, 0), "softcap": 30.0, "alibi": True},
+    "all-rest": {"window": (512, 512), "softcap": 30.0, "alibi": True, **REST},
+}
+HEAD_DIMS = (32, 64, 128, 256)
+MATRIX = {
+    f"sm{arch}-{precision}-d{head_dim}-{feature}-{pass_}": (arch, precision, head_dim, feature, pass_)
+    for arch in TENSOR_CORE
+    for precision in PRECISIONS
+    for head_dim in HEAD_DIMS
+    for feature in FEATURES
+    for pass_ in ("fwd", "bwd")
+}
+# Each kernel on each architecture and in each class, each feature, each head_dim.
+CHOICE = [
+    "sm90-bf16-d64-full-fwd",
+    "sm90-bf16-d128-causal-fwd",
+    "sm90-bf16-d256-all-fwd",
+    "sm90-fp16-d128-full-rest-fwd",
+    "sm90-tf32-d64-causal-fwd",
+    "sm90-bf16x6-d64-full-fwd",
+    "sm90-bf16x3-d64-window-fwd",
+    "sm90-tf32x3-d64-causal-fwd",
+    "sm90-ieee-d64-full-fwd",
+    "sm90-bf16-d64-causal-bwd",
+    "sm90-bf16-d128-all-bwd",
+    "sm90-bf16-d256-full-bwd",
+    "sm90-bf16x6-d64-causal-bwd",
+    "sm90-tf32-d64-full-bwd",
+    "sm90-ieee-d64-alibi-bwd",
+    "sm80-bf16-d128-causal-rest-fwd",
+    "sm80-tf32-d64-softcap-fwd",
+    "sm80-ieee-d32-causal-fwd",
+    "sm80-fp16-d64-causal-bwd",
+    "sm100-bf16-d128-causal-fwd",
+    "sm100-tf32-d64-full-fwd",
+    "sm100-ieee-d64-full-fwd",
+    "sm100-bf16-d64-full-bwd",
+    "sm120-fp16-d64-window-fwd",
+    "sm120-bf16x3-d64-full-fwd",
+    "sm120-bf16-d64-all-rest-bwd",
+]
+
+
+# Open: the fallback configurations of these, and a table's row without its tensor descriptors, spill.
+SPILLING = {
+    "sm90-fp16-d128-full-rest-fwd",
+    "sm80-bf16-d128-causal-rest-fwd",
+    "sm80-fp16-d64-causal-bwd",
+    "sm100-ieee-d64-full-fwd",
+    "sm120-bf16-d64-all-rest-bwd",
+}
+
+
+def problem_of(precision: str, head_dim: int, feature: str, pass_: str) -> Problem:
+    """The problem of one cell; one with a rest has a head_dim that is no power of two, with odd rows."""
+    dtype = precision if precision in ("bf16", "fp16") else "fp32"
+    size = head_dim - 3 if feature.endswith("-rest") else head_dim
+    fields = {"seq_q": 2048, **FEATURES[feature]}
+    return Problem(heads_q=4, heads_kv=2, head_dim=size, dtype=dtype, precision=precision, pass_=pass_, **fields)
+
+
+def pytest_generate_tests(metafunc):
+    if "cell" in metafunc.fixturenames:
+        names = list(MATRIX) if metafunc.config.getoption("every_kernel") else CHOICE
+        known = pytest.mark.xfail(strict=True, reason="a fallback that spills, where no table has a row yet")
+        cells = [pytest.param(MATRIX[name], marks=[known] if name in SPILLING else [], id=name) for name in names]
+        metafunc.parametrize("cell", cells)
+
+
+@pytest.fixture(scope="module")
+def compiling(request):
+    """cell -> {kernel: future of its Build}: all that were selected, compiled side by side from the start."""
+    cells = {
+        item.callspec.params["cell"] for item in request.session.items if "cell" in getattr(item, "fixturenames", ())
+    }
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        futures = {}
+        for cell in sorted(cells, key=list(MATRIX.values()).index):
+            arch, *how = cell
+            problem = problem_of(*how)
+            pins = {kernel: config for kernel, (config, _) in shipped(problem, arch).items()}
+            kernels = offline.planned(problem, pins)
+            futures[cell] = {kernel: pool.submit(compiled, problem, kernel, pins, arch) for kernel in kernels}
+        yield futures
+        pool.shutdown(cancel_futures=True)
+
+
+def test_shipped(compiling, cell):
+    arch, precision, *_ = cell
+    configurations = shipped(problem_of(*cell[1:]), arch)
+    found = []
+    for kernel, future in compiling[cell].items():
+        config, from_table = configurations.get(kernel, ("", False))
+        wrong = complaints(future.result(), arch, None if kernel == "statistics" else precision, meant=from_table)
+        found += [f"{kernel} ({config}): {what}" for what in wrong]
+    assert not found, "\n".join(found)
+
+
+# ---- the check itself
+
+
+def test_the_choice_covers_the_matrix():
+    """No axis of the matrix has a value that only --every-kernel compiles."""
+    chosen, whole = zip(*(MATRIX[name] for name in CHOICE), strict=True), zip(*MATRIX.values(), strict=True)
+    for some, every in zip(chosen, whole, strict=True):
+        assert set(some) == set(every)
+
+
+BIG = TileConfig(block_m=128, block_n=128, num_warps=4, num_stages=2)
+PLANTED = {
+    "a configuration that spills": ("bf16", {"fwd": BIG}, 90, "bf16", "registers spill"),
+    "one with too much shared memory": ("bf16", {"fwd": BIG.replace(num_warps=8, num_stages=4)}, 80, "bf16", "shared memory"),
+    "an ieee kernel compiled as tf32": ("tf32", {}, 90, "ieee", "HGMMA in ieee arithmetic"),
+    "a tf32 kernel compiled as ieee": ("ieee", {}, 90, "tf32", "no tensor core instruction where HGMMA is meant"),
+    "a tile too small for wgmma": (
+        "bf16", {"fwd": TileConfig(block_m=32, block_n=32)}, 90, "bf16", "HMMA where HGMMA is meant",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_violation_is_found(bug):
+    precision, pins, arch, checked_as, says = PLANTED[bug]
+    problem = problem_of(precision, 128 if pins else 64, "full", "fwd")
+    pins = {kernel: config for kernel, (config, _) in shipped(problem, arch).items()} | pins
+    found = complaints(compiled(problem, "fwd", pins, arch), arch, checked_as)
+    assert any(says in what for what in found), found
+
+
+def test_a_kernel_that_does_not_compile_is_found(monkeypatch):
+    def fails(*arguments, **options):
+        raise RuntimeError("no such tile")
+
+    monkeypatch.setattr(builds.offline, "build", fails)
+    problem = problem_of("bf16", 64, "full", "fwd")
+    pins = {kernel: config for kernel, (config, _) in shipped(problem, 90).items()}
+    assert complaints(compiled(problem, "fwd", pins, 90), 90, "bf16") == [
+        "does not compile: RuntimeError: no such tile"
+    ]
