@@ -11,7 +11,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+if not triton.__version__.startswith("3.6."):  # open: what other versions make of them
+    pytest.skip(f"registers and spills are those of triton 3.6, this is {triton.__version__}", allow_module_level=True)
 
 import builds
 from builds import PRECISIONS, TENSOR_CORE, compiled, complaints, shipped
