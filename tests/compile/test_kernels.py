@@ -15,12 +15,12 @@ triton = pytest.importorskip("triton")
 if not triton.__version__.startswith("3.6."):  # open: what other versions make of them
     pytest.skip(f"registers and spills are those of triton 3.6, this is {triton.__version__}", allow_module_level=True)
 
-import builds
-from builds import PRECISIONS, TENSOR_CORE, compiled, complaints, shipped
+import builds  # noqa: E402
+from builds import PRECISIONS, TENSOR_CORE, compiled, complaints, shipped  # noqa: E402
 
-from flash2.backends.triton_fa2 import offline
-from flash2.backends.triton_fa2.configs import TileConfig
-from flash2.core.problem import Problem
+from flash2.backends.triton_fa2 import offline  # noqa: E402
+from flash2.backends.triton_fa2.configs import TileConfig  # noqa: E402
+from flash2.core.problem import Problem  # noqa: E402
 
 # What a problem may ask of a kernel. "-rest": lengths and a head_dim that fill no tile, without tensor descriptors.
 REST = {"seq_q": 2047, "seq_kv": 2045}
