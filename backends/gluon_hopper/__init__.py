@@ -1,0 +1,68 @@
+"""FlashAttention for Hopper in Gluon, the lower half of Triton: TMA loads, asynchronous wgmma, warps with roles of their own."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+
+import torch
+
+from flash2.core.contract import Backend, Capability
+
+
+class GluonHopper(Backend):
+    """The project's own kernels for sm_90, fp16 and bf16; the fastest it has there."""
+
+    name = "gluon"
+    settled = True
+    capability = Capability(
+        devices=("cuda",),
+        precisions={"fp16": ("fp16",), "bf16": ("bf16",)},
+        features=frozenset(("causal", "gqa", "cross", "window", "softcap", "scale", "empty-rows", "lse")),
+        min_arch=(9, 0),
+        max_arch=(9, 0),
+        head_dims=range(1, 257),
+        kernels=r"gluon_\w+",
+    )
+
+    def unavailable(self) -> str | None:
+        """Triton missing or too old for Gluon, or no GPU to run it on."""
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; pip install 'flash2-triton[triton]'"
+        if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 6):
+            return f"triton {importlib.metadata.version('triton')} is older than 3.6, the first with this Gluon"
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        return None
+
+    def version(self) -> str:
+        """Triton's version: Gluon ships in it."""
+        return f"triton {importlib.metadata.version('triton')}"
+
+    def details(self, problem, device):
+        """Each kernel's configuration, and what a tensor that TMA cannot describe costs."""
+        return _launch().described(problem, device)
+
+    def forward(self, q, k, v, spec):
+        """(o, lse), one kernel."""
+        return _launch().attend(q, k, v, spec)
+
+    def backward(self, do, q, k, v, o, lse, spec):
+        """(dq, dk, dv)."""
+        return _gradients().differentiate(do, q, k, v, o, lse, spec)
+
+
+@functools.cache
+def _launch():
+    # Imports Triton, on first use; an import statement in every call would cost a tenth of the launch.
+    from flash2.backends.gluon_hopper import launch
+
+    return launch
+
+
+@functools.cache
+def _gradients():
+    from flash2.backends.gluon_hopper import gradients
+
+    return gradients

@@ -1,0 +1,539 @@
+"""The backward kernels for Hopper: FlashAttention-2 (Dao 2023), algorithm 2, warp-specialised. The pipelines are drawn
+in docs/gluon-pipeline-backward.md.
+
+Two ways to the same gradients. *Fused*: row_statistics, gradients_fused, round_dq; five products a tile, dQ summed over
+key tiles in float32 in whatever order they come. *Two-kernel*: row_statistics, gradients_kv (head_dim 256) or
+gradients_fused without dQ, gradients_q; seven products, every sum in one fixed order.
+
+In every kernel partition 0 is the producer, which moves tiles by TMA, and partitions 1 and 2 are consumers, which own
+64 rows (or one of two results) each. Tensors are (batch, heads, seq, head_dim); descriptors fill what lies past their
+end with zeros and do not store it. Logits live in the log2 domain. Scores and their gradients are kept transposed,
+[keys, queries], where keys are what a program owns, so that they are A operands in registers.
+"""
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton._C.libtriton import ir
+
+# Named barriers. The compiler takes 0 to 3 for its partitions.
+FREE = gl.constexpr(4)  # + stage: a stage of a ring is free again (two rings of two: 4 to 7)
+DQ_STAGED = gl.constexpr(8)  # consumers -> producer: dQ is staged; Q, dO and statistics of this step are free
+DS_READY = gl.constexpr(9)  # consumer <-> consumer: dS is in shared memory
+DQ_TAKEN = gl.constexpr(10)  # producer -> consumers: the staging buffer, and so dS, may be overwritten
+
+
+@builtin
+def tma_reduce_add(desc, coord, src, _semantic=None):
+    """cp.reduce.async.bulk.tensor .add: in Triton 3.6's builder, not exposed in Gluon."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def consumers_sync(id: gl.constexpr):
+    gl.inline_asm_elementwise("bar.sync $1, 256; // $0", "=r,r", [id], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def everyone_sync(id):
+    gl.inline_asm_elementwise("bar.sync $1, 384; // $0", "=r,r", [id], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def everyone_arrive(id):
+    gl.inline_asm_elementwise("bar.arrive $1, 384; // $0", "=r,r", [id], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def opaque_zero():
+    """A zero that LLVM cannot see: it hoists dozens of wgmma descriptors out of a loop otherwise, which spill."""
+    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+# ---- accumulators: layouts, and renamings of registers
+
+
+@gluon.constexpr_function
+def acc_layout(columns):
+    """A wgmma accumulator [64, columns] of one warp group."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def lanes_layout(n):
+    """64 n values of a warp group: 16 bytes a lane, 512 contiguous bytes a warp."""
+    k = (n // 8).bit_length() - 1
+    return gl.DistributedLinearLayout([[1], [2]] + [[128 << j] for j in range(k)], [[4], [8], [16], [32], [64]],
+                                      [[128 << k], [256 << k]], [], [64 * n])  # fmt: skip
+
+
+@gluon.jit
+def to_lanes(x):
+    """Accumulator [64, n] -> [64 n] in the order in which threads hold it: no data moves."""
+    n: gl.constexpr = x.shape[1]
+    y = x.reshape([4, 2, 8, n // 8, 4, 2]).permute((0, 3, 2, 4, 1, 5)).reshape([64 * n])
+    return gl.convert_layout(y, lanes_layout(n), assert_trivial=True)
+
+
+@gluon.jit
+def from_lanes(y, n: gl.constexpr):
+    """The inverse of to_lanes()."""
+    x = y.reshape([4, n // 8, 8, 4, 2, 2]).permute((0, 4, 2, 1, 3, 5)).reshape([64, n])
+    return gl.convert_layout(x, acc_layout(n), assert_trivial=True)
+
+
+@gluon.jit
+def halves(x):
+    """Accumulator [64, n] -> its two column halves: a renaming of registers."""
+    n: gl.constexpr = x.shape[1]
+    lo, hi = x.reshape([64, 2, n // 2]).permute((0, 2, 1)).split()
+    L: gl.constexpr = acc_layout(n // 2)
+    return gl.convert_layout(lo, L, assert_trivial=True), gl.convert_layout(hi, L, assert_trivial=True)
+
+
+@gluon.jit
+def a_operand(x, n: gl.constexpr, dtype: gl.constexpr):
+    """float32 accumulator x as a 16-bit A operand, in registers, of a product with n columns."""
+    L: gl.constexpr = gl.DotOperandLayout(0, acc_layout(n), 2)
+    return gl.convert_layout(x.to(dtype), L)
+
+
+# ---- TMA of one (batch, head)
+
+
+@gluon.jit
+def load_rows(desc, where, row, full, tile):
+    """Rows row.. of one head into `tile` [rows, head_dim]; barrier `full` must expect them."""
+    batch, head = where
+    tma.async_copy_global_to_shared(
+        desc, [batch, head, row, 0], full, tile._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+    )
+
+
+@gluon.jit
+def store_rows(desc, where, row, tile):
+    """`tile` [rows, head_dim] to rows row.. of one head, those that exist."""
+    batch, head = where
+    fence_async_shared()
+    tma.async_copy_shared_to_global(
+        desc, [batch, head, row, 0], tile._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+    )
+
+
+# ---- masks and logits
+
+
+@gluon.jit
+def query_range(start_n, seq_q, seq_kv, band, BM: gl.constexpr, BN: gl.constexpr, MASKS: gl.constexpr):
+    """Query tiles (lo, full_lo, full_hi, hi): [lo, hi) see a key of start_n.., of which [full_lo, full_hi) all of them.
+
+    Rows past seq_q need no mask: their statistics make their probabilities 0.
+    """
+    left, right = band
+    LEFT, RIGHT, TAIL = MASKS
+    offset = seq_kv - seq_q
+    last = gl.minimum(start_n + BN, seq_kv) - 1
+    lo = 0
+    hi = gl.cdiv(seq_q, BM)
+    if RIGHT:
+        lo = gl.minimum(gl.maximum(start_n - offset - right, 0) // BM, hi)
+    if LEFT:
+        hi = gl.maximum(lo, gl.minimum(hi, gl.cdiv(gl.maximum(last + left - offset + 1, 0), BM)))
+    full_lo = lo
+    full_hi = hi
+    if RIGHT:
+        full_lo = gl.minimum(gl.cdiv(gl.maximum(last - offset - right, 0), BM), hi)
+    if LEFT:
+        full_hi = gl.minimum(gl.maximum(start_n + left - offset + 1, 0) // BM, hi)
+    if TAIL:
+        full_lo = gl.where(start_n + BN > seq_kv, hi, full_lo)
+    return lo, full_lo, gl.maximum(full_lo, full_hi), hi
+
+
+@gluon.jit
+def key_range(start_m, seq_q, seq_kv, band, BM: gl.constexpr, BN: gl.constexpr, MASKS: gl.constexpr):
+    """Key tiles (lo, full_lo, full_hi, hi): [lo, hi) are seen by a row of start_m.., [full_lo, full_hi) by all of them."""
+    left, right = band
+    LEFT, RIGHT, TAIL = MASKS
+    first = start_m + seq_kv - seq_q
+    last = gl.minimum(start_m + BM, seq_q) - 1 + seq_kv - seq_q
+    lo = 0
+    hi = gl.cdiv(seq_kv, BN)
+    full_lo = 0
+    full_hi = seq_kv // BN
+    if RIGHT:
+        hi = gl.minimum(hi, gl.cdiv(gl.maximum(last + right + 1, 0), BN))
+        full_hi = gl.minimum(full_hi, gl.maximum(first + right + 1, 0) // BN)
+    if LEFT:
+        lo = gl.minimum(gl.maximum(first - left, 0) // BN, hi)
+        full_lo = gl.minimum(gl.cdiv(gl.maximum(last - left, 0), BN), hi)
+    return lo, full_lo, gl.maximum(full_lo, full_hi), hi
+
+
+@gluon.jit
+def visible(i, j, seq_kv, band, MASKS: gl.constexpr):
+    """Does query i, counted from the bottom-right diagonal, see key j?"""
+    left, right = band
+    LEFT, RIGHT, TAIL = MASKS
+    keep = j < seq_kv
+    if RIGHT:
+        keep = keep & (j <= i + right) if TAIL else j <= i + right
+    if LEFT:
+        keep = keep & (j >= i - left)
+    return keep
+
+
+@gluon.jit
+def probabilities(s, lse, maths, SOFTCAP: gl.constexpr):
+    """(p, slope): p = exp2(logit - lse), and p times d logit / d (s * scale), from products s = q.k.
+
+    maths is (factor on s, factor after it): without a softcap scale * log2(e); with one exp(2 x) = exp2(factor s),
+    tanh(x) = 1 - 2 / (1 + exp(2 x)), and softcap * log2(e). tanh's error is absolute, 1e-7, which is what a logit bears.
+    """
+    factor, cap = maths
+    if SOFTCAP:
+        t = 1.0 - 2.0 / (1.0 + gl.exp2(s * factor))
+        p = gl.exp2(t * cap - lse)
+        return p, p * (1.0 - t * t)
+    else:
+        p = gl.exp2(s * factor - lse)
+        return p, p
+
+
+@gluon.jit
+def hide_keys(p, start_n, start_m, lengths, band, MASKS: gl.constexpr):
+    """p^T of keys start_n.. and queries start_m.. [64, n], 0 where the query does not see the key."""
+    seq_q, seq_kv = lengths
+    L: gl.constexpr = acc_layout(p.shape[1])
+    j = start_n + gl.arange(0, 64, gl.SliceLayout(1, L))
+    i = start_m + seq_kv - seq_q + gl.arange(0, p.shape[1], gl.SliceLayout(0, L))
+    return gl.where(visible(i[None, :], j[:, None], seq_kv, band, MASKS), p, 0.0)
+
+
+# ---- fused: a program owns 128 keys and walks over the query tiles of all heads that share them
+
+
+@gluon.jit
+def load_queries(descs, rings, where, rows, t, i, SHAPE: gl.constexpr):
+    """Step i's Q, its statistics, and dO, into their stage."""
+    q_desc, do_desc, stats_desc = descs
+    q_ring, do_ring, stats_ring, q_full, do_full = rings
+    BM, BN, D, STAGES = SHAPE
+    b = i % STAGES
+    mbarrier.expect(q_full.index(b), q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
+    load_rows(q_desc, where, t * BM, q_full.index(b), q_ring.index(b))
+    tma.async_copy_global_to_shared(stats_desc, [(rows + t) * 2 * BM], q_full.index(b), stats_ring.index(b))
+    mbarrier.expect(do_full.index(b), do_desc.block_type.nbytes)
+    load_rows(do_desc, where, t * BM, do_full.index(b), do_ring.index(b))
+
+
+@gluon.jit
+def fused_producer(descs, kv_descs, acc_desc, rings, kv, staging, place, walk, SHAPE: gl.constexpr, DQ: gl.constexpr):
+    """Partition 0: K and V once, Q and dO and statistics of every step; with DQ it adds the staged dQ to global memory."""
+    k_desc, v_desc = kv_descs
+    k_tile, v_tile, k_full, v_full = kv
+    BM, BN, D, STAGES = SHAPE
+    batch, head_kv, start_n = place
+    lo, n, tiles, group, heads = walk
+    total = n * group
+    mbarrier.expect(k_full.index(0), k_desc.block_type.nbytes)
+    load_rows(k_desc, (batch, head_kv), start_n, k_full.index(0), k_tile.index(0))
+    head = head_kv * group
+    rows = (batch * heads + head) * tiles
+    if total > 0:
+        load_queries(descs, rings, (batch, head), rows, lo, 0, SHAPE)
+    mbarrier.expect(v_full.index(0), v_desc.block_type.nbytes)
+    load_rows(v_desc, (batch, head_kv), start_n, v_full.index(0), v_tile.index(0))
+    for j in gl.static_range(1, STAGES):
+        if j < total:
+            load_queries(descs, rings, (batch, head + j // n), rows + j // n * tiles, lo + j % n, j, SHAPE)
+    if DQ:
+        R: gl.constexpr = BM * D // 2 // 32
+        if total > 0:
+            everyone_arrive(DQ_TAKEN)
+        for i in range(total):
+            everyone_sync(DQ_STAGED)
+            at = (rows + i // n * tiles + lo + i % n) * 2 * R
+            tma_reduce_add(acc_desc, [at, 0], staging.index(0))
+            tma_reduce_add(acc_desc, [at + R, 0], staging.index(1))
+            j = i + STAGES
+            if j < total:
+                load_queries(descs, rings, (batch, head + j // n), rows + j // n * tiles, lo + j % n, j, SHAPE)
+            tma.store_wait(0)
+            if i + 1 < total:
+                everyone_arrive(DQ_TAKEN)
+    else:
+        for i in range(STAGES, total):
+            everyone_sync(FREE + i % STAGES)
+            load_queries(descs, rings, (batch, head + i // n), rows + i // n * tiles, lo + i % n, i, SHAPE)
+
+
+@gluon.jit
+def issue_scores(CID: gl.constexpr, i, total, rings, k_tile, SHAPE: gl.constexpr):
+    """Begin S^T of step i for this consumer's 64 keys; past the last step it works on stale data and nobody looks."""
+    q_ring, do_ring, stats_ring, q_full, do_full = rings
+    BM, BN, D, STAGES = SHAPE
+    b = i % STAGES
+    mbarrier.wait(q_full.index(b), (i // STAGES) & 1, pred=i < total)
+    k = k_tile.index(opaque_zero()).slice(CID * 64, 64, 0)
+    zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
+    return warpgroup_mma(k, q_ring.index(b).permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, s, dk, dv, total, start_n, rings, kv, ds_tile, staging,
+               lengths, band, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
+    """One query tile: dv += p^T dO, dk += ds^T Q, and dQ's part to the staging buffer.
+
+    Returns s, the scores of the next step if PIPELINED, and dk, dv.
+    """
+    q_ring, do_ring, stats_ring, q_full, do_full = rings
+    k_tile, v_tile, k_full, v_full = kv
+    BM, BN, D, STAGES = SHAPE
+    DQ, PIPELINED, SPLIT, EARLY, SOFTCAP = HOW
+    C: gl.constexpr = BM // SPLIT  # columns of a piece of the scores
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, acc_layout(C))
+    DQN: gl.constexpr = D * BM // 128  # this consumer's half of dQ is [64, DQN]
+    dtype: gl.constexpr = q_ring.dtype
+    b = i % STAGES
+    q = q_ring.index(b)
+    do = do_ring.index(b)
+    stats = stats_ring.index(b)
+    zero = opaque_zero()
+    v = v_tile.index(zero).slice(CID * 64, 64, 0)
+    ds_mine = ds_tile.index(zero).slice(CID * 64, 64, 0)
+    start_mine = start_n + CID * 64
+    if not PIPELINED:
+        s_token = issue_scores(CID, i, total, rings, k_tile, SHAPE)
+    mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
+    zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
+    dp_token = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if not PIPELINED:
+        s = warpgroup_mma_wait(1, deps=[s_token])
+    elif EARLY:  # waits for nothing: it keeps ptxas from spreading dP's wgmmas over the softmax
+        s = warpgroup_mma_wait(1, deps=[s])
+    lse = stats.slice(0, C, 0).load(COLUMNS)
+    if SPLIT == 1:
+        p, slope = probabilities(s, lse, maths, SOFTCAP)
+        if MASK:
+            p = hide_keys(p, start_mine, t * BM, lengths, band, MASKS)
+            slope = hide_keys(slope, start_mine, t * BM, lengths, band, MASKS) if SOFTCAP else p
+        dv_token = warpgroup_mma(a_operand(p, D, dtype), do, dv, is_async=True)
+        if EARLY and BM == 64:
+            delta = stats.slice(BM, BM, 0).load(COLUMNS)
+        dp = warpgroup_mma_wait(1, deps=[dp_token])
+        if not (EARLY and BM == 64):
+            delta = stats.slice(BM, BM, 0).load(COLUMNS)
+        ds = (slope * (dp - delta[None, :])).to(dtype)
+        dk_token = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, acc_layout(D), 2)), q, dk, is_async=True)
+        if DQ:
+            everyone_sync(DQ_TAKEN)
+            ds_mine.store(ds)
+    else:
+        s0, s1 = halves(s)
+        p0, slope0 = probabilities(s0, lse, maths, SOFTCAP)
+        if MASK:
+            p0 = hide_keys(p0, start_mine, t * BM, lengths, band, MASKS)
+            slope0 = hide_keys(slope0, start_mine, t * BM, lengths, band, MASKS) if SOFTCAP else p0
+        dv_token = warpgroup_mma(a_operand(p0, D, dtype), do.slice(0, C, 0), dv, is_async=True)
+        lse = stats.slice(C, C, 0).load(COLUMNS)
+        p1, slope1 = probabilities(s1, lse, maths, SOFTCAP)
+        if MASK:
+            p1 = hide_keys(p1, start_mine, t * BM + C, lengths, band, MASKS)
+            slope1 = hide_keys(slope1, start_mine, t * BM + C, lengths, band, MASKS) if SOFTCAP else p1
+        dv_token = warpgroup_mma(a_operand(p1, D, dtype), do.slice(C, C, 0), dv_token, is_async=True)
+        dp, dv_token = warpgroup_mma_wait(1, deps=[dp_token, dv_token])  # dv's second half stays in flight
+        delta = stats.slice(BM, C, 0).load(COLUMNS)
+        dp0, dp1 = halves(dp)
+        ds0 = (slope0 * (dp0 - delta[None, :])).to(dtype)
+        A: gl.constexpr = gl.DotOperandLayout(0, acc_layout(D), 2)
+        dk_token = warpgroup_mma(gl.convert_layout(ds0, A), q.slice(0, C, 0), dk, is_async=True)
+        if DQ:
+            everyone_sync(DQ_TAKEN)
+            ds_mine.slice(0, C, 1).store(ds0)
+        delta = stats.slice(BM + C, C, 0).load(COLUMNS)
+        ds1 = (slope1 * (dp1 - delta[None, :])).to(dtype)
+        dk_token = warpgroup_mma(gl.convert_layout(ds1, A), q.slice(C, C, 0), dk_token, is_async=True)
+        if DQ:
+            ds_mine.slice(C, C, 1).store(ds1)
+    if DQ:
+        fence_async_shared()
+        consumers_sync(DS_READY)
+        k = k_tile.index(zero)
+        ds = ds_tile.index(zero)
+        zeros = gl.zeros([64, DQN], gl.float32, acc_layout(DQN))
+        if BM == 64:  # a consumer computes all 64 queries of half the head dimension
+            dq_token = warpgroup_mma(
+                ds.permute((1, 0)), k.slice(CID * DQN, DQN, 1), zeros, use_acc=False, is_async=True
+            )
+        else:  # or 64 of 128 queries, the whole head dimension
+            dq_token = warpgroup_mma(ds.slice(CID * 64, 64, 1).permute((1, 0)), k, zeros, use_acc=False, is_async=True)
+        # dv and dk are waited for before the next scores begin: two 16-bit A operands in flight are too many registers
+        if PIPELINED:
+            dv, dk = warpgroup_mma_wait(1, deps=[dv_token, dk_token])
+            s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE)
+            dq = warpgroup_mma_wait(1, deps=[dq_token])
+        else:
+            dv, dk, dq = warpgroup_mma_wait(0, deps=[dv_token, dk_token, dq_token])
+        staging.index(CID).store(to_lanes(dq).reshape([64 * DQN // 32, 32]))
+        fence_async_shared()
+        everyone_arrive(DQ_STAGED)
+    else:
+        if PIPELINED:
+            dv = warpgroup_mma_wait(SPLIT, deps=[dv_token])
+            s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE)
+            dk = warpgroup_mma_wait(1, deps=[dk_token])
+        else:
+            dv, dk = warpgroup_mma_wait(0, deps=[dv_token, dk_token])
+        if i + STAGES < total:
+            everyone_arrive(FREE + b)
+    if PIPELINED:  # a product in flight over the loop's back edge is serialised by ptxas (C7514)
+        s = warpgroup_mma_wait(0, deps=[s_token])
+    return s, dk, dv
+
+
+@gluon.jit
+def fused_walk(CID: gl.constexpr, base, s, dk, dv, total, start_n, tiles, rings, kv, ds_tile, staging,
+               lengths, band, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
+    """All query tiles of one head: those on the band's edges with a mask, those inside without."""
+    lo, full_lo, full_hi, hi = tiles
+    LEFT, RIGHT, TAIL = MASKS
+    if RIGHT or TAIL:
+        for t in range(lo, full_lo):
+            s, dk, dv = fused_step(CID, True, base + t, t, s, dk, dv, total, start_n, rings, kv, ds_tile, staging,
+                                   lengths, band, maths, MASKS, SHAPE, HOW)  # fmt: skip
+    for t in range(full_lo, full_hi):
+        s, dk, dv = fused_step(CID, False, base + t, t, s, dk, dv, total, start_n, rings, kv, ds_tile, staging,
+                               lengths, band, maths, MASKS, SHAPE, HOW)  # fmt: skip
+    if LEFT:
+        for t in range(full_hi, hi):
+            s, dk, dv = fused_step(CID, True, base + t, t, s, dk, dv, total, start_n, rings, kv, ds_tile, staging,
+                                   lengths, band, maths, MASKS, SHAPE, HOW)  # fmt: skip
+    return s, dk, dv
+
+
+@gluon.jit
+def fused_consumer(CID: gl.constexpr, dk_desc, dv_desc, rings, kv, ds_tile, staging, place, tiles, group,
+                   lengths, band, maths, scale, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr,
+                   GROUPED: gl.constexpr):  # fmt: skip
+    """Partitions 1 and 2: dK and dV of 64 keys each, in registers from first to last."""
+    k_tile, v_tile, k_full, v_full = kv
+    BM, BN, D, STAGES = SHAPE
+    DQ, PIPELINED, SPLIT, EARLY, SOFTCAP = HOW
+    batch, head_kv, start_n = place
+    lo, full_lo, full_hi, hi = tiles
+    n = hi - lo
+    total = n * group
+    dtype: gl.constexpr = k_tile.dtype
+    dk = gl.zeros([64, D], gl.float32, acc_layout(D))
+    dv = gl.zeros([64, D], gl.float32, acc_layout(D))
+    s = gl.zeros([64, BM], gl.float32, acc_layout(BM))
+    mbarrier.wait(k_full.index(0), 0)
+    if PIPELINED:
+        s = warpgroup_mma_wait(0, deps=[issue_scores(CID, 0, total, rings, k_tile, SHAPE)])
+    mbarrier.wait(v_full.index(0), 0)
+    if GROUPED:
+        for member in range(group):
+            s, dk, dv = fused_walk(CID, member * n - lo, s, dk, dv, total, start_n, tiles, rings, kv, ds_tile, staging,
+                                   lengths, band, maths, MASKS, SHAPE, HOW)  # fmt: skip
+    else:
+        s, dk, dv = fused_walk(CID, -lo, s, dk, dv, total, start_n, tiles, rings, kv, ds_tile, staging,
+                               lengths, band, maths, MASKS, SHAPE, HOW)  # fmt: skip
+    consumers_sync(DS_READY)  # both are done with K and V: they become the staging area of dK and dV
+    mine = start_n + CID * 64
+    dv_out = v_tile._reinterpret(dtype, [2, 64, D], v_tile.layout).index(CID)
+    dk_out = k_tile._reinterpret(dtype, [2, 64, D], k_tile.layout).index(CID)
+    dv_out.store(dv.to(dtype))
+    dk_out.store((dk * scale).to(dtype))
+    store_rows(dv_desc, (batch, head_kv), mine, dv_out)
+    store_rows(dk_desc, (batch, head_kv), mine, dk_out)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def program_tile(tiles, rows, together):
+    """(tile, row) of this program: `together` of the `rows` (batch, head) pairs take turns, tile by tile."""
+    pid = gl.program_id(0)
+    chunk = pid // (tiles * together)
+    size = gl.minimum(rows - chunk * together, together)
+    rest = pid - chunk * tiles * together
+    return rest // size, chunk * together + rest % size
+
+
+@gluon.jit(do_not_specialize=["rows", "heads_kv", "group", "seq_q", "seq_kv", "left", "right", "together"])
+def gradients_fused(
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, stats_desc, acc_desc,
+    rows, heads_kv, group, seq_q, seq_kv, left, right, together, factor, cap, scale,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, GROUPED: gl.constexpr, SOFTCAP: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    DQ: gl.constexpr, PIPELINED: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
+    """dv = sum p^T dO and dk = sum ds^T Q of 128 keys, all query heads that share them; with DQ, dQ += ds K.
+
+    dQ goes to acc_desc in float32, a tile after the other, each in the order in which threads hold it.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    L: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    B: gl.constexpr = mbarrier.MBarrierLayout()
+    q_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, D], L)
+    do_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, D], L)
+    k_tile = gl.allocate_shared_memory(dtype, [1, BN, D], L)
+    v_tile = gl.allocate_shared_memory(dtype, [1, BN, D], L)
+    stats_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BM], stats_desc.layout)
+    ds_tile = gl.allocate_shared_memory(dtype, [1, BN if DQ else 8, BM], L)
+    staging = gl.allocate_shared_memory(gl.float32, [2, BM * D // 64 if DQ else 8, 32], acc_desc.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [1, 1], B)
+    v_full = gl.allocate_shared_memory(gl.int64, [1, 1], B)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    mbarrier.init(k_full.index(0), count=1)
+    mbarrier.init(v_full.index(0), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(stage), count=1)
+        mbarrier.init(do_full.index(stage), count=1)
+    fence_async_shared()
+
+    tile, row = program_tile(gl.cdiv(seq_kv, BN), rows, together)  # causal: the first keys are seen by the most rows
+    place = (row // heads_kv, row % heads_kv, tile * BN)
+    band = (left, right)
+    MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
+    SHAPE: gl.constexpr = (BM, BN, D, STAGES)
+    HOW: gl.constexpr = (DQ, PIPELINED, SPLIT, EARLY, SOFTCAP)
+    tiles = query_range(tile * BN, seq_q, seq_kv, band, BM, BN, MASKS)
+    walk = (tiles[0], tiles[3] - tiles[0], gl.cdiv(seq_q, BM), group, heads_kv * group)
+    rings = (q_ring, do_ring, stats_ring, q_full, do_full)
+    kv = (k_tile, v_tile, k_full, v_full)
+    ours = (
+        dk_desc,
+        dv_desc,
+        rings,
+        kv,
+        ds_tile,
+        staging,
+        place,
+        tiles,
+        group,
+        (seq_q, seq_kv),
+        band,
+        (factor, cap),
+        scale,
+        MASKS,
+        SHAPE,
+        HOW,
+        GROUPED,
+    )
+    gl.warp_specialize([
+        (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc), acc_desc, rings, kv, staging, place, walk, SHAPE, DQ)),
+        (fused_consumer, (gl.constexpr(0), dk_desc, dv_desc, rings, kv, ds_tile, staging, place, tiles, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
+        (fused_consumer, (gl.constexpr(1), dk_desc, dv_desc, rings, kv, ds_tile, staging, place, tiles, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
+    ], [4, 4], [240, 240])  # fmt: skip

@@ -1,0 +1,57 @@
+"""Gluon as Triton 3.6 to 3.9 spell it: the one file that knows their differences. Kernels take their names from here.
+
+Names that changed: gl.thread_barrier became gl.barrier (3.7), tma.async_copy_* became tma.async_load and async_store
+(3.8), and the reducing store got a name at last (tma.async_atomic_add, 3.8; before, only the compiler had it).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+__all__ = [
+    "FIRST_BARRIER",
+    "TensorDescriptor",
+    "fence_async_shared",
+    "gl",
+    "gluon",
+    "group_barrier",
+    "mbarrier",
+    "tma_load",
+    "tma_reduce_add",
+    "tma_store",
+    "tma_store_wait",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]
+
+# Of the 16 named barriers of a block Triton takes 0 for the default partition, 1 to hand work to the others, and
+# one for each of up to three worker partitions.
+FIRST_BARRIER = gl.constexpr(5)
+
+# All threads of the calling partition.
+group_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+# (descriptor, coordinates, mbarrier, shared memory), (descriptor, coordinates, shared memory), (how many may be pending)
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+tma_store_wait = tma.store_wait
+
+if hasattr(tma, "async_atomic_add"):
+    tma_reduce_add = tma.async_atomic_add
+else:
+    from triton._C.libtriton import ir
+
+    @builtin
+    def tma_reduce_add(tensor_desc, coord, src, _semantic=None):
+        """Add a tile of shared memory to global memory, element by element, asynchronously like tma_store."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+        _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
