@@ -1,3 +1,4 @@
+# ruff: noqa: RUF059  what belongs together travels together, and each role takes of it what it needs
 """The backward kernels for Hopper: FlashAttention-2 (Dao 2023), algorithm 2, warp-specialised. The pipelines are drawn
 in docs/gluon-pipeline-backward.md.
 
@@ -6,37 +7,34 @@ key tiles in float32 in whatever order they come. *Two-kernel*: row_statistics, 
 gradients_fused without dQ, gradients_q; seven products, every sum in one fixed order.
 
 In every kernel partition 0 is the producer, which moves tiles by TMA, and partitions 1 and 2 are consumers, which own
-64 rows (or one of two results) each. Tensors are (batch, heads, seq, head_dim); descriptors fill what lies past their
+64 rows, or one of two results, each. Tensors are (batch, heads, seq, head_dim); descriptors fill what lies past their
 end with zeros and do not store it. Logits live in the log2 domain. Scores and their gradients are kept transposed,
 [keys, queries], where keys are what a program owns, so that they are A operands in registers.
 """
 
 import triton
 import triton.language as tl
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
-from triton.experimental.gluon.language.nvidia.hopper import (
+
+from flash2.backends.gluon_hopper.compat import (
+    FIRST_BARRIER,
     fence_async_shared,
+    gl,
+    gluon,
     mbarrier,
-    tma,
+    tma_load,
+    tma_reduce_add,
+    tma_store,
+    tma_store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton._C.libtriton import ir
 
-# Named barriers. The compiler takes 0 to 3 for its partitions.
-FREE = gl.constexpr(4)  # + stage: a stage of a ring is free again (two rings of two: 4 to 7)
-DQ_STAGED = gl.constexpr(8)  # consumers -> producer: dQ is staged; Q, dO and statistics of this step are free
-DS_READY = gl.constexpr(9)  # consumer <-> consumer: dS is in shared memory
-DQ_TAKEN = gl.constexpr(10)  # producer -> consumers: the staging buffer, and so dS, may be overwritten
-
-
-@builtin
-def tma_reduce_add(desc, coord, src, _semantic=None):
-    """cp.reduce.async.bulk.tensor .add: in Triton 3.6's builder, not exposed in Gluon."""
-    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+# Named barriers.
+FREE = FIRST_BARRIER  # + stage, at most 3: a stage of the ring of queries (gradients_q: of keys) is free again
+V_FREE = gl.constexpr(FIRST_BARRIER.value + 3)  # + stage, at most 2: a stage of the ring of values
+DQ_STAGED = gl.constexpr(FIRST_BARRIER.value + 5)  # consumers -> producer: dQ is staged; Q, dO, statistics are free
+DS_READY = gl.constexpr(FIRST_BARRIER.value + 6)  # consumer <-> consumer: dS is in shared memory
+DQ_TAKEN = gl.constexpr(FIRST_BARRIER.value + 7)  # producer -> consumers: staging, and so dS, may be overwritten
 
 
 @gluon.jit
@@ -115,9 +113,7 @@ def a_operand(x, n: gl.constexpr, dtype: gl.constexpr):
 def load_rows(desc, where, row, full, tile):
     """Rows row.. of one head into `tile` [rows, head_dim]; barrier `full` must expect them."""
     batch, head = where
-    tma.async_copy_global_to_shared(
-        desc, [batch, head, row, 0], full, tile._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
-    )
+    tma_load(desc, [batch, head, row, 0], full, tile._reinterpret(desc.dtype, desc.block_type.shape, desc.layout))
 
 
 @gluon.jit
@@ -125,9 +121,7 @@ def store_rows(desc, where, row, tile):
     """`tile` [rows, head_dim] to rows row.. of one head, those that exist."""
     batch, head = where
     fence_async_shared()
-    tma.async_copy_shared_to_global(
-        desc, [batch, head, row, 0], tile._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
-    )
+    tma_store(desc, [batch, head, row, 0], tile._reinterpret(desc.dtype, desc.block_type.shape, desc.layout))
 
 
 # ---- masks and logits
@@ -232,7 +226,7 @@ def load_queries(descs, rings, where, rows, t, i, SHAPE: gl.constexpr):
     b = i % STAGES
     mbarrier.expect(q_full.index(b), q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
     load_rows(q_desc, where, t * BM, q_full.index(b), q_ring.index(b))
-    tma.async_copy_global_to_shared(stats_desc, [(rows + t) * 2 * BM], q_full.index(b), stats_ring.index(b))
+    tma_load(stats_desc, [(rows + t) * 2 * BM], q_full.index(b), stats_ring.index(b))
     mbarrier.expect(do_full.index(b), do_desc.block_type.nbytes)
     load_rows(do_desc, where, t * BM, do_full.index(b), do_ring.index(b))
 
@@ -266,10 +260,12 @@ def fused_producer(descs, kv_descs, acc_desc, rings, kv, staging, place, walk, S
             at = (rows + i // n * tiles + lo + i % n) * 2 * R
             tma_reduce_add(acc_desc, [at, 0], staging.index(0))
             tma_reduce_add(acc_desc, [at + R, 0], staging.index(1))
-            j = i + STAGES
-            if j < total:
-                load_queries(descs, rings, (batch, head + j // n), rows + j // n * tiles, lo + j % n, j, SHAPE)
-            tma.store_wait(0)
+            ahead = i + STAGES
+            if ahead < total:
+                load_queries(
+                    descs, rings, (batch, head + ahead // n), rows + ahead // n * tiles, lo + ahead % n, ahead, SHAPE
+                )
+            tma_store_wait(0)
             if i + 1 < total:
                 everyone_arrive(DQ_TAKEN)
     else:
@@ -311,7 +307,8 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, s, dk, dv, total, st
     stats = stats_ring.index(b)
     zero = opaque_zero()
     v = v_tile.index(zero).slice(CID * 64, 64, 0)
-    ds_mine = ds_tile.index(zero).slice(CID * 64, 64, 0)
+    if DQ:
+        ds_mine = ds_tile.index(zero).slice(CID * 64, 64, 0)
     start_mine = start_n + CID * 64
     if not PIPELINED:
         s_token = issue_scores(CID, i, total, rings, k_tile, SHAPE)
@@ -324,7 +321,7 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, s, dk, dv, total, st
         s = warpgroup_mma_wait(1, deps=[s])
     lse = stats.slice(0, C, 0).load(COLUMNS)
     if SPLIT == 1:
-        p, slope = probabilities(s, lse, maths, SOFTCAP)
+        p, slope = probabilities(s, lse[None, :], maths, SOFTCAP)
         if MASK:
             p = hide_keys(p, start_mine, t * BM, lengths, band, MASKS)
             slope = hide_keys(slope, start_mine, t * BM, lengths, band, MASKS) if SOFTCAP else p
@@ -341,13 +338,13 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, s, dk, dv, total, st
             ds_mine.store(ds)
     else:
         s0, s1 = halves(s)
-        p0, slope0 = probabilities(s0, lse, maths, SOFTCAP)
+        p0, slope0 = probabilities(s0, lse[None, :], maths, SOFTCAP)
         if MASK:
             p0 = hide_keys(p0, start_mine, t * BM, lengths, band, MASKS)
             slope0 = hide_keys(slope0, start_mine, t * BM, lengths, band, MASKS) if SOFTCAP else p0
         dv_token = warpgroup_mma(a_operand(p0, D, dtype), do.slice(0, C, 0), dv, is_async=True)
         lse = stats.slice(C, C, 0).load(COLUMNS)
-        p1, slope1 = probabilities(s1, lse, maths, SOFTCAP)
+        p1, slope1 = probabilities(s1, lse[None, :], maths, SOFTCAP)
         if MASK:
             p1 = hide_keys(p1, start_mine, t * BM + C, lengths, band, MASKS)
             slope1 = hide_keys(slope1, start_mine, t * BM + C, lengths, band, MASKS) if SOFTCAP else p1
@@ -457,7 +454,7 @@ def fused_consumer(CID: gl.constexpr, dk_desc, dv_desc, rings, kv, ds_tile, stag
     dk_out.store((dk * scale).to(dtype))
     store_rows(dv_desc, (batch, head_kv), mine, dv_out)
     store_rows(dk_desc, (batch, head_kv), mine, dk_out)
-    tma.store_wait(0)
+    tma_store_wait(0)
 
 
 @gluon.jit
@@ -471,7 +468,7 @@ def program_tile(tiles, rows, together):
 
 
 @gluon.jit(do_not_specialize=["rows", "heads_kv", "group", "seq_q", "seq_kv", "left", "right", "together"])
-def gradients_fused(
+def gluon_gradients_fused(
     q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, stats_desc, acc_desc,
     rows, heads_kv, group, seq_q, seq_kv, left, right, together, factor, cap, scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, GROUPED: gl.constexpr, SOFTCAP: gl.constexpr,
@@ -510,30 +507,459 @@ def gradients_fused(
     SHAPE: gl.constexpr = (BM, BN, D, STAGES)
     HOW: gl.constexpr = (DQ, PIPELINED, SPLIT, EARLY, SOFTCAP)
     tiles = query_range(tile * BN, seq_q, seq_kv, band, BM, BN, MASKS)
-    walk = (tiles[0], tiles[3] - tiles[0], gl.cdiv(seq_q, BM), group, heads_kv * group)
+    # Statistics and the accumulator of dQ are padded to multiples of 128 queries.
+    walk = (tiles[0], tiles[3] - tiles[0], gl.cdiv(seq_q, 128) * (128 // BM), group, heads_kv * group)
     rings = (q_ring, do_ring, stats_ring, q_full, do_full)
     kv = (k_tile, v_tile, k_full, v_full)
-    ours = (
-        dk_desc,
-        dv_desc,
-        rings,
-        kv,
-        ds_tile,
-        staging,
-        place,
-        tiles,
-        group,
-        (seq_q, seq_kv),
-        band,
-        (factor, cap),
-        scale,
-        MASKS,
-        SHAPE,
-        HOW,
-        GROUPED,
-    )
     gl.warp_specialize([
         (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc), acc_desc, rings, kv, staging, place, walk, SHAPE, DQ)),
         (fused_consumer, (gl.constexpr(0), dk_desc, dv_desc, rings, kv, ds_tile, staging, place, tiles, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
         (fused_consumer, (gl.constexpr(1), dk_desc, dv_desc, rings, kv, ds_tile, staging, place, tiles, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
     ], [4, 4], [240, 240])  # fmt: skip
+
+
+# ---- dQ alone: a program owns 128 queries and walks over the keys
+
+
+@gluon.jit
+def q_producer(descs, q_tiles, rings, place, walk, SHAPE: gl.constexpr):
+    """Partition 0: Q and dO once, K and V of every step."""
+    q_desc, do_desc, k_desc, v_desc = descs
+    q_tile, do_tile, q_full = q_tiles
+    k_ring, v_ring, k_full, v_full = rings
+    BN, D, K_STAGES, V_STAGES = SHAPE
+    batch, head, head_kv, start_m = place
+    lo, n = walk
+    mbarrier.expect(q_full.index(0), 2 * q_desc.block_type.nbytes)
+    load_rows(q_desc, (batch, head), start_m, q_full.index(0), q_tile.index(0))
+    load_rows(q_desc, (batch, head), start_m + 64, q_full.index(0), q_tile.index(1))
+    for i in range(n):
+        b = i % K_STAGES
+        c = i % V_STAGES
+        row = (lo + i) * BN
+        if i >= K_STAGES:
+            everyone_sync(FREE + b)
+        mbarrier.expect(k_full.index(b), k_desc.block_type.nbytes)
+        load_rows(k_desc, (batch, head_kv), row, k_full.index(b), k_ring.index(b))
+        if i == 0:
+            mbarrier.expect(q_full.index(1), 2 * do_desc.block_type.nbytes)
+            load_rows(do_desc, (batch, head), start_m, q_full.index(1), do_tile.index(0))
+            load_rows(do_desc, (batch, head), start_m + 64, q_full.index(1), do_tile.index(1))
+        if i >= V_STAGES:
+            everyone_sync(V_FREE + c)
+        mbarrier.expect(v_full.index(c), v_desc.block_type.nbytes)
+        load_rows(v_desc, (batch, head_kv), row, v_full.index(c), v_ring.index(c))
+
+
+@gluon.jit
+def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, start_mine, q_tiles, lse_tile, rings,
+           lengths, band, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
+    """One key tile: dq += ds K. Returns the scores of the next step, and dq."""
+    q_tile, do_tile, q_full = q_tiles
+    k_ring, v_ring, k_full, v_full = rings
+    BN, D, K_STAGES, V_STAGES = SHAPE
+    seq_q, seq_kv = lengths
+    dtype: gl.constexpr = q_tile.dtype
+    L: gl.constexpr = acc_layout(BN)
+    zeros = gl.zeros([64, BN], gl.float32, L)
+    b = i % K_STAGES
+    c = i % V_STAGES
+    mbarrier.wait(v_full.index(c), (i // V_STAGES) & 1)
+    do = do_tile.index(opaque_zero() + CID)
+    dp_token = warpgroup_mma(do, v_ring.index(c).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    # Waits for nothing; with the load behind it, it keeps dP's wgmmas in front of the softmax: ptxas moves arithmetic
+    # over a wait, but no load.
+    s = warpgroup_mma_wait(1, deps=[s])
+    lse = lse_tile.index(CID).load(gl.SliceLayout(1, L))
+    p, slope = probabilities(s, lse[:, None], maths, SOFTCAP)
+    if MASK:
+        qi = start_mine + seq_kv - seq_q + gl.arange(0, 64, gl.SliceLayout(1, L))
+        kj = t * BN + gl.arange(0, BN, gl.SliceLayout(0, L))
+        slope = gl.where(visible(qi[:, None], kj[None, :], seq_kv, band, MASKS), slope, 0.0)
+    b2 = (i + 1) % K_STAGES
+    # Here, because its branch pins the exponentials above the wait for dP.
+    mbarrier.wait(k_full.index(b2), ((i + 1) // K_STAGES) & 1, pred=i + 1 < n)
+    dp = warpgroup_mma_wait(0, deps=[dp_token])
+    if i + V_STAGES < n:
+        everyone_arrive(V_FREE + c)  # an mbarrier's arrival here makes ptxas pull the wait over the exponentials
+    ds = a_operand(slope * (dp - delta[:, None]), D, dtype)
+    dq_token = warpgroup_mma(ds, k_ring.index(b), dq, is_async=True)
+    q = q_tile.index(opaque_zero() + CID)
+    s_token = warpgroup_mma(q, k_ring.index(b2).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    dq = warpgroup_mma_wait(1, deps=[dq_token])
+    if i + K_STAGES < n:
+        everyone_arrive(FREE + b)
+    s = warpgroup_mma_wait(0, deps=[s_token])
+    return s, dq
+
+
+@gluon.jit
+def q_consumer(CID: gl.constexpr, dq_desc, stats, q_tiles, lse_tile, rings, place, tiles, stats_row,
+               lengths, band, maths, scale, MASKS: gl.constexpr, SHAPE: gl.constexpr, BM: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
+    """Partitions 1 and 2: dQ of 64 queries each."""
+    q_tile, do_tile, q_full = q_tiles
+    k_ring, v_ring, k_full, v_full = rings
+    BN, D, K_STAGES, V_STAGES = SHAPE
+    LEFT, RIGHT, TAIL = MASKS
+    lo, full_lo, full_hi, hi = tiles
+    batch, head, head_kv, start_m = place
+    n = hi - lo
+    L: gl.constexpr = acc_layout(BN)
+    dtype: gl.constexpr = q_tile.dtype
+    start_mine = start_m + CID * 64
+    dq = gl.zeros([64, D], gl.float32, acc_layout(D))
+    zeros = gl.zeros([64, BN], gl.float32, L)
+    # Rows of 64 queries lie in one tile of BM statistics, lse first, delta behind; past the last tile there is none.
+    rows = gl.arange(0, 64, gl.SliceLayout(1, L))
+    at = stats + stats_row.to(gl.int64) * 2 + start_mine // BM * (2 * BM) + start_mine % BM
+    lse_tile.index(CID).store(gl.load(at + rows))
+    delta = gl.load(at + BM + rows)
+    mbarrier.wait(q_full.index(0), 0)
+    mbarrier.wait(k_full.index(0), 0, pred=n > 0)
+    s = warpgroup_mma_wait(0, deps=[warpgroup_mma(
+        q_tile.index(CID), k_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)])  # fmt: skip
+    mbarrier.wait(q_full.index(1), 0, pred=n > 0)
+    if LEFT:
+        for t in range(lo, full_lo):
+            s, dq = q_step(CID, True, t - lo, t, n, s, dq, delta, start_mine, q_tiles, lse_tile, rings,
+                           lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+    for t in range(full_lo, full_hi):
+        s, dq = q_step(CID, False, t - lo, t, n, s, dq, delta, start_mine, q_tiles, lse_tile, rings,
+                       lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+    if RIGHT or TAIL:
+        for t in range(full_hi, hi):
+            s, dq = q_step(CID, True, t - lo, t, n, s, dq, delta, start_mine, q_tiles, lse_tile, rings,
+                           lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+    out = q_tile.index(CID)  # only this consumer reads it
+    out.store((dq * scale).to(dtype))
+    store_rows(dq_desc, (batch, head), start_mine, out)
+    tma_store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["rows", "heads", "group", "seq_q", "seq_kv", "left", "right", "together"])
+def gluon_gradients_q(
+    q_desc, k_desc, v_desc, do_desc, dq_desc, stats,
+    rows, heads, group, seq_q, seq_kv, left, right, together, factor, cap, scale,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, SOFTCAP: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+):  # fmt: skip
+    """dq = sum ds K of 128 queries of one head; BM is the tile of the statistics."""
+    dtype: gl.constexpr = q_desc.dtype
+    S: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    B: gl.constexpr = mbarrier.MBarrierLayout()
+    q_tile = gl.allocate_shared_memory(dtype, [2, 64, D], S)
+    do_tile = gl.allocate_shared_memory(dtype, [2, 64, D], S)
+    k_ring = gl.allocate_shared_memory(dtype, [K_STAGES, BN, D], S)
+    v_ring = gl.allocate_shared_memory(dtype, [V_STAGES, BN, D], S)
+    lse_tile = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], B)
+    k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], B)
+    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], B)
+    for j in gl.static_range(2):
+        mbarrier.init(q_full.index(j), count=1)
+    for j in gl.static_range(K_STAGES):
+        mbarrier.init(k_full.index(j), count=1)
+    for j in gl.static_range(V_STAGES):
+        mbarrier.init(v_full.index(j), count=1)
+    fence_async_shared()
+
+    tile, row = program_tile(gl.cdiv(seq_q, 128), rows, together)
+    if RIGHT:
+        tile = gl.cdiv(seq_q, 128) - 1 - tile  # the longest rows start first
+    place = (row // heads, row % heads, row % heads // group, tile * 128)
+    band = (left, right)
+    MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
+    SHAPE: gl.constexpr = (BN, D, K_STAGES, V_STAGES)
+    tiles = key_range(tile * 128, seq_q, seq_kv, band, 128, BN, MASKS)
+    q_tiles = (q_tile, do_tile, q_full)
+    rings = (k_ring, v_ring, k_full, v_full)
+    stats_row = row * gl.cdiv(seq_q, 128) * 128
+    gl.warp_specialize([
+        (q_producer, ((q_desc, do_desc, k_desc, v_desc), q_tiles, rings, place, (tiles[0], tiles[3] - tiles[0]), SHAPE)),
+        (q_consumer, (gl.constexpr(0), dq_desc, stats, q_tiles, lse_tile, rings, place, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP)),
+        (q_consumer, (gl.constexpr(1), dq_desc, stats, q_tiles, lse_tile, rings, place, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP)),
+    ], [4, 4], [240, 240])  # fmt: skip
+
+
+# ---- dK and dV at head_dim 256: a program owns 64 keys; consumer 1 owns S, P and dV, consumer 2 owns dP, dS and dK
+
+
+@gluon.jit
+def wide_producer(descs, kv_descs, rings, kv, place, walk, SHAPE: gl.constexpr):
+    """Partition 0: K and V once, Q and dO and statistics of every step."""
+    q_desc, do_desc, stats_desc = descs
+    k_desc, v_desc = kv_descs
+    q_ring, do_ring, stats_ring, q_full, do_full, q_free, do_free = rings
+    k_tile, v_tile, k_full, v_full = kv
+    D, STAGES, P_STAGES = SHAPE
+    batch, head_kv, start_n = place
+    lo, n, tiles, group, heads = walk
+    head = head_kv * group
+    mbarrier.expect(k_full.index(0), k_desc.block_type.nbytes)
+    load_rows(k_desc, (batch, head_kv), start_n, k_full.index(0), k_tile.index(0))
+    for i in range(n * group):
+        b = i % STAGES
+        phase = ((i // STAGES) & 1) ^ 1
+        member = i // n
+        t = lo + i - member * n
+        mbarrier.wait(q_free.index(b), phase)
+        mbarrier.expect(q_full.index(b), q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
+        load_rows(q_desc, (batch, head + member), t * 64, q_full.index(b), q_ring.index(b))
+        at = ((batch * heads + head + member) * tiles + t) * 128
+        tma_load(stats_desc, [at], q_full.index(b), stats_ring.index(b))
+        if i == 0:
+            mbarrier.expect(v_full.index(0), v_desc.block_type.nbytes)
+            load_rows(v_desc, (batch, head_kv), start_n, v_full.index(0), v_tile.index(0))
+        mbarrier.wait(do_free.index(b), phase)
+        mbarrier.expect(do_full.index(b), do_desc.block_type.nbytes)
+        load_rows(do_desc, (batch, head + member), t * 64, do_full.index(b), do_ring.index(b))
+
+
+@gluon.jit
+def wide_v_step(MASK: gl.constexpr, i, t, s, dv, total, start_n, rings, kv, hand_over,
+                lengths, band, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
+    """dv += p^T dO of one query tile; p goes to the other consumer. Returns the scores of the next step, and dv."""
+    q_ring, do_ring, stats_ring, q_full, do_full, q_free, do_free = rings
+    k_tile, v_tile, k_full, v_full = kv
+    p_ring, p_full, p_free = hand_over
+    D, STAGES, P_STAGES = SHAPE
+    dtype: gl.constexpr = q_ring.dtype
+    L: gl.constexpr = acc_layout(64)
+    b = i % STAGES
+    c = i % P_STAGES
+    lse = stats_ring.index(b).slice(0, 64, 0).load(gl.SliceLayout(0, L))
+    p, slope = probabilities(s, lse[None, :], maths, SOFTCAP)
+    if MASK:
+        p = hide_keys(p, start_n, t * 64, lengths, band, MASKS)
+        slope = hide_keys(slope, start_n, t * 64, lengths, band, MASKS) if SOFTCAP else p
+    mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
+    dv_token = warpgroup_mma(a_operand(p, D, dtype), do_ring.index(b), dv, is_async=True)
+    mbarrier.wait(p_free.index(c), ((i // P_STAGES) & 1) ^ 1)
+    p_ring.index(c).store(to_lanes(slope))
+    mbarrier.arrive(p_full.index(c))
+    mbarrier.arrive(q_free.index(b))  # this consumer has used Q and the statistics of step i
+    b2 = (i + 1) % STAGES
+    mbarrier.wait(q_full.index(b2), ((i + 1) // STAGES) & 1, pred=i + 1 < total)
+    zeros = gl.zeros([64, 64], gl.float32, L)
+    s_token = warpgroup_mma(
+        k_tile.index(opaque_zero()), q_ring.index(b2).permute((1, 0)), zeros, use_acc=False, is_async=True)  # fmt: skip
+    dv = warpgroup_mma_wait(1, deps=[dv_token])
+    mbarrier.arrive(do_free.index(b))
+    s = warpgroup_mma_wait(0, deps=[s_token])
+    return s, dv
+
+
+@gluon.jit
+def wide_v_walk(base, s, dv, total, start_n, tiles, rings, kv, hand_over,
+                lengths, band, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
+    """All query tiles of one head: those on the band's edges with a mask, those inside without."""
+    lo, full_lo, full_hi, hi = tiles
+    LEFT, RIGHT, TAIL = MASKS
+    if RIGHT or TAIL:
+        for t in range(lo, full_lo):
+            s, dv = wide_v_step(True, base + t, t, s, dv, total, start_n, rings, kv, hand_over,
+                                lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+    for t in range(full_lo, full_hi):
+        s, dv = wide_v_step(False, base + t, t, s, dv, total, start_n, rings, kv, hand_over,
+                            lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+    if LEFT:
+        for t in range(full_hi, hi):
+            s, dv = wide_v_step(True, base + t, t, s, dv, total, start_n, rings, kv, hand_over,
+                                lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+    return s, dv
+
+
+@gluon.jit
+def wide_v_consumer(dv_desc, rings, kv, hand_over, place, tiles, group,
+                    lengths, band, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, SOFTCAP: gl.constexpr, GROUPED: gl.constexpr):  # fmt: skip
+    """Partition 1: scores, probabilities, dV."""
+    q_ring, do_ring, stats_ring, q_full, do_full, q_free, do_free = rings
+    k_tile, v_tile, k_full, v_full = kv
+    D, STAGES, P_STAGES = SHAPE
+    batch, head_kv, start_n = place
+    lo, full_lo, full_hi, hi = tiles
+    n = hi - lo
+    total = n * group
+    zeros = gl.zeros([64, 64], gl.float32, acc_layout(64))
+    dv = gl.zeros([64, D], gl.float32, acc_layout(D))
+    mbarrier.wait(k_full.index(0), 0)
+    mbarrier.wait(q_full.index(0), 0, pred=total > 0)
+    s = warpgroup_mma_wait(0, deps=[warpgroup_mma(
+        k_tile.index(0), q_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)])  # fmt: skip
+    if GROUPED:
+        for member in range(group):
+            s, dv = wide_v_walk(member * n - lo, s, dv, total, start_n, tiles, rings, kv, hand_over,
+                                lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+    else:
+        s, dv = wide_v_walk(-lo, s, dv, total, start_n, tiles, rings, kv, hand_over,
+                            lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+    out = k_tile.index(0)  # only this consumer reads K
+    out.store(dv.to(k_tile.dtype))
+    store_rows(dv_desc, (batch, head_kv), start_n, out)
+    tma_store_wait(0)
+
+
+@gluon.jit
+def wide_k_consumer(dk_desc, rings, kv, hand_over, place, total, scale, SHAPE: gl.constexpr):
+    """Partition 2: the gradients of the probabilities, dK. Masks are in the p that it gets."""
+    q_ring, do_ring, stats_ring, q_full, do_full, q_free, do_free = rings
+    k_tile, v_tile, k_full, v_full = kv
+    p_ring, p_full, p_free = hand_over
+    D, STAGES, P_STAGES = SHAPE
+    batch, head_kv, start_n = place
+    dtype: gl.constexpr = q_ring.dtype
+    L: gl.constexpr = acc_layout(64)
+    zeros = gl.zeros([64, 64], gl.float32, L)
+    dk = gl.zeros([64, D], gl.float32, acc_layout(D))
+    mbarrier.wait(v_full.index(0), 0, pred=total > 0)
+    mbarrier.wait(do_full.index(0), 0, pred=total > 0)
+    dp = warpgroup_mma_wait(0, deps=[warpgroup_mma(
+        v_tile.index(0), do_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)])  # fmt: skip
+    mbarrier.arrive(do_free.index(0))
+    for i in range(total):
+        b = i % STAGES
+        c = i % P_STAGES
+        mbarrier.wait(q_full.index(b), (i // STAGES) & 1)
+        delta = stats_ring.index(b).slice(64, 64, 0).load(gl.SliceLayout(0, L))
+        mbarrier.wait(p_full.index(c), (i // P_STAGES) & 1)
+        p = from_lanes(p_ring.index(c).load(lanes_layout(64)), 64)
+        mbarrier.arrive(p_free.index(c))
+        ds = a_operand(p * (dp - delta[None, :]), D, dtype)
+        dk_token = warpgroup_mma(ds, q_ring.index(b), dk, is_async=True)
+        b2 = (i + 1) % STAGES
+        mbarrier.wait(do_full.index(b2), ((i + 1) // STAGES) & 1, pred=i + 1 < total)
+        dp_token = warpgroup_mma(
+            v_tile.index(opaque_zero()), do_ring.index(b2).permute((1, 0)), zeros, use_acc=False, is_async=True)  # fmt: skip
+        dk = warpgroup_mma_wait(1, deps=[dk_token])
+        mbarrier.arrive(q_free.index(b))
+        dp = warpgroup_mma_wait(0, deps=[dp_token])
+        mbarrier.arrive(do_free.index(b2), pred=i + 1 < total)
+    out = v_tile.index(0)  # only this consumer reads V
+    out.store((dk * scale).to(dtype))
+    store_rows(dk_desc, (batch, head_kv), start_n, out)
+    tma_store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["rows", "heads_kv", "group", "seq_q", "seq_kv", "left", "right", "together"])
+def gluon_gradients_kv(
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, stats_desc,
+    rows, heads_kv, group, seq_q, seq_kv, left, right, together, factor, cap, scale,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, GROUPED: gl.constexpr, SOFTCAP: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+):  # fmt: skip
+    """dv = sum p^T dO and dk = sum ds^T Q of 64 keys, all query heads that share them; tiles of 64 queries."""
+    dtype: gl.constexpr = q_desc.dtype
+    S: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    B: gl.constexpr = mbarrier.MBarrierLayout()
+    q_ring = gl.allocate_shared_memory(dtype, [STAGES, 64, D], S)
+    do_ring = gl.allocate_shared_memory(dtype, [STAGES, 64, D], S)
+    k_tile = gl.allocate_shared_memory(dtype, [1, 64, D], S)
+    v_tile = gl.allocate_shared_memory(dtype, [1, 64, D], S)
+    p_ring = gl.allocate_shared_memory(gl.float32, [P_STAGES, 64 * 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    stats_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 128], stats_desc.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [1, 1], B)
+    v_full = gl.allocate_shared_memory(gl.int64, [1, 1], B)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    do_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    p_full = gl.allocate_shared_memory(gl.int64, [P_STAGES, 1], B)
+    p_free = gl.allocate_shared_memory(gl.int64, [P_STAGES, 1], B)
+    mbarrier.init(k_full.index(0), count=1)
+    mbarrier.init(v_full.index(0), count=1)
+    for j in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(j), count=1)
+        mbarrier.init(q_free.index(j), count=2)
+        mbarrier.init(do_full.index(j), count=1)
+        mbarrier.init(do_free.index(j), count=2)
+    for j in gl.static_range(P_STAGES):
+        mbarrier.init(p_full.index(j), count=1)
+        mbarrier.init(p_free.index(j), count=1)
+    fence_async_shared()
+
+    tile, row = program_tile(gl.cdiv(seq_kv, 64), rows, together)
+    place = (row // heads_kv, row % heads_kv, tile * 64)
+    band = (left, right)
+    MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
+    SHAPE: gl.constexpr = (D, STAGES, P_STAGES)
+    tiles = query_range(tile * 64, seq_q, seq_kv, band, 64, 64, MASKS)
+    n = tiles[3] - tiles[0]
+    walk = (tiles[0], n, gl.cdiv(seq_q, 128) * 2, group, heads_kv * group)  # statistics: multiples of 128 queries
+    rings = (q_ring, do_ring, stats_ring, q_full, do_full, q_free, do_free)
+    kv = (k_tile, v_tile, k_full, v_full)
+    hand_over = (p_ring, p_full, p_free)
+    gl.warp_specialize([
+        (wide_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc), rings, kv, place, walk, SHAPE)),
+        (wide_v_consumer, (dv_desc, rings, kv, hand_over, place, tiles, group, (seq_q, seq_kv), band, (factor, cap), MASKS, SHAPE, SOFTCAP, GROUPED)),
+        (wide_k_consumer, (dk_desc, rings, kv, hand_over, place, n * group, scale, SHAPE)),
+    ], [4, 4], [240, 240])  # fmt: skip
+
+
+# ---- before and after
+
+
+@triton.jit(do_not_specialize=["heads", "seq_q", "rows_padded", "head_dim"])
+def gluon_row_statistics(
+    o, do, lse, stats, acc,
+    stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, heads, seq_q, rows_padded, head_dim,
+    EVEN: tl.constexpr, ZERO: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Per tile of BM queries: lse in the log2 domain, then delta = rowsum(o dO). Zeroes these rows of dQ's accumulator.
+
+    lse is +inf where there is no row and where a row saw no key: exp2(s - lse) is 0 there, without a mask.
+    """
+    pid = tl.program_id(0)
+    blocks = rows_padded // ROWS
+    head_row = pid // blocks
+    batch = (head_row // heads).to(tl.int64)
+    head = (head_row % heads).to(tl.int64)
+    rows = pid % blocks * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, D)
+    o_at = o + batch * stride_ob + head * stride_oh + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
+    g_at = do + batch * stride_gb + head * stride_gh + rows.to(tl.int64)[:, None] * stride_gm + cols[None, :]
+    lse_at = lse + head_row.to(tl.int64) * seq_q + rows
+    if EVEN:
+        dots = tl.sum(tl.load(o_at).to(tl.float32) * tl.load(g_at).to(tl.float32), 1)
+        lse_row = tl.load(lse_at)
+    else:
+        there = (rows[:, None] < seq_q) & (cols[None, :] < head_dim)
+        o_tile = tl.load(o_at, mask=there, other=0.0).to(tl.float32)
+        g_tile = tl.load(g_at, mask=there, other=0.0).to(tl.float32)
+        dots = tl.sum(o_tile * g_tile, 1)
+        lse_row = tl.load(lse_at, mask=rows < seq_q, other=-float("inf"))
+    lse_row = tl.where(lse_row == -float("inf"), float("inf"), lse_row * 1.4426950408889634)
+    out = stats + head_row.to(tl.int64) * rows_padded * 2 + rows // BM * (2 * BM) + rows % BM
+    tl.store(out, lse_row)
+    tl.store(out + BM, dots)
+    if ZERO:
+        tl.store(acc + pid.to(tl.int64) * (ROWS * D) + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
+
+
+@triton.jit(do_not_specialize=["heads", "seq_q", "tiles", "head_dim"])
+def gluon_round_dq(
+    dq, acc, stride_b, stride_h, stride_m, heads, seq_q, tiles, head_dim, scale,
+    EVEN: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One consumer's part of one query tile of dQ: from the order in which threads held it to rows, scaled, rounded."""
+    pid = tl.program_id(0)
+    N: tl.constexpr = D * BM // 128
+    x = tl.load(acc + pid.to(tl.int64) * (64 * N) + tl.arange(0, 64 * N))
+    x = x.reshape(4, N // 8, 8, 4, 2, 2).permute(0, 4, 2, 1, 3, 5).reshape(64, N)
+    x = (x * scale).to(dq.dtype.element_ty)
+    head_row = pid // (2 * tiles)
+    tile = pid // 2 % tiles
+    if BM == 64:
+        row = tile * 64
+        col = pid % 2 * N
+    else:
+        row = tile * 128 + pid % 2 * 64
+        col = 0
+    rows = row + tl.arange(0, 64)
+    cols = col + tl.arange(0, N)
+    batch = (head_row // heads).to(tl.int64)
+    head = (head_row % heads).to(tl.int64)
+    at = dq + batch * stride_b + head * stride_h + rows.to(tl.int64)[:, None] * stride_m + cols[None, :]
+    if EVEN:
+        tl.store(at, x)
+    else:
+        tl.store(at, x, mask=(rows[:, None] < seq_q) & (cols[None, :] < head_dim))
