@@ -1,0 +1,288 @@
+"""Every pipeline of the Gluon kernels on the emulator: right whatever the schedule, and every planted fault is seen.
+
+A choice by default; `pytest tests/emulator --every-kernel` has every shipped configuration with every feature.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from judged import judged
+
+pytest.importorskip("triton")
+
+from emulator.gluon_emulator import emulated
+from emulator.machine import Hazard
+
+from flash2.backends.gluon_hopper import configs, gradients, launch
+from flash2.core.contract import spec_of
+from flash2.core.problem import Problem
+from flash2.core.reference import attention_reference
+
+# Lengths of several tiles with a rest; the blocks of the forward are fewer than its row tiles, so each computes some.
+FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "full": ({"seq_q": 256}, {}),
+    "rest": ({"seq_q": 300, "seq_kv": 411, "batch": 2, "heads_q": 1}, {"layout": "bshd", "upstream": "transpose"}),
+    "causal": ({"seq_q": 391, "causal": True}, {"upstream": "sum"}),
+    "more-keys": ({"seq_q": 200, "seq_kv": 530, "causal": True}, {"layout": "sliced", "upstream": "cat"}),
+    "empty-rows": ({"seq_q": 450, "seq_kv": 200, "causal": True}, {}),
+    "one-key": ({"seq_q": 140, "seq_kv": 1, "causal": True}, {}),
+    "window": ({"seq_q": 391, "causal": True, "window": (150, 0)}, {}),
+    "window-both": ({"seq_q": 300, "seq_kv": 411, "window": (70, 90)}, {}),
+    "groups": ({"seq_q": 200, "seq_kv": 300, "heads_q": 4, "heads_kv": 2, "causal": True}, {"layout": "packed"}),
+    "softcap": ({"seq_q": 300, "softcap": 5.0}, {"distribution": "x3"}),
+    "scale": ({"seq_q": 200, "scale": -0.2, "causal": True}, {}),
+    "narrow": ({"seq_q": 200, "narrow": 8, "causal": True}, {}),
+    "everything": (
+        {"seq_q": 300, "seq_kv": 411, "heads_kv": 1, "causal": True, "window": (170, 0), "softcap": 5.0, "narrow": 3},
+        {"upstream": "cat"},
+    ),
+}  # fmt: skip
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)  # where configurations change; the problems here are short
+FORWARD, BACKWARD, DETERMINISTIC = PASSES = ("fwd", "bwd", "bwd-deterministic")
+BLOCKS = 3  # multiprocessors
+
+
+def problem_of(head_dim: int, dtype: str, feature: str) -> Problem:
+    """The problem of one cell; `narrow` columns are missing, which the kernels pad."""
+    fields = {"heads_q": 2, "dtype": dtype, **FEATURES[feature][0]}
+    return Problem(head_dim=head_dim - fields.pop("narrow", 0), **fields)
+
+
+def shipped(problem: Problem) -> list[configs.ForwardConfig]:
+    """The forward's configurations for problems like this one, of any length."""
+    spec = spec_of(problem)
+    if problem.window is not None and problem.window[0] is not None:
+        return [launch.chosen(spec, (1, 1, problem.seq_q, problem.head_dim), problem.seq_kv)]
+    shapes = [(1, 1, length, problem.head_dim) for length in LENGTHS]
+    return list(dict.fromkeys(launch.chosen(spec, shape, shape[2]) for shape in shapes))
+
+
+def run(problem: Problem, pass_: str, seed: int, config=None, edits=None, **how: Any) -> None:
+    """One pass of `problem` on the emulator, judged; raises Hazard, or AssertionError for a wrong result."""
+    inputs, judge = judged(problem.replace(precision=None, pass_="fwd+bwd"), "cpu", **how)
+    spec = spec_of(problem)
+    with (
+        emulated(seed, edits),
+        mock.patch.object(launch, "multiprocessors", return_value=BLOCKS),
+        mock.patch.dict(launch._plans, clear=True),
+        mock.patch.dict(gradients._plans, clear=True),
+    ):
+        if pass_ == FORWARD:
+            o, lse = launch.attend(inputs.q, inputs.k, inputs.v, spec, config)
+            outputs = {"o": o, "lse": lse}
+        else:
+            o, lse = saved(problem, **how)
+            grads = gradients.differentiate(
+                inputs.do, inputs.q, inputs.k, inputs.v, o, lse, spec, deterministic=pass_ == DETERMINISTIC
+            )
+            outputs = dict(zip(("dq", "dk", "dv"), grads, strict=True))
+    verdict = judge.check(outputs, problem.precision)
+    assert verdict.ok, verdict.reason
+
+
+@functools.lru_cache(maxsize=64)
+def saved(problem: Problem, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a forward keeps for the backward, rounded from float64."""
+    x, p = judged(problem.replace(precision=None, pass_="fwd+bwd"), "cpu", **how)[0], problem
+    o, lse = attention_reference(
+        x.q, x.k, x.v, causal=p.causal, window=p.window, softcap=p.softcap, scale=p.scale
+    )  # fmt: skip
+    return o.to(x.q.dtype), lse.float()
+
+
+MATRIX = {
+    f"d{head_dim}-{dtype}-{feature}-{pass_}": (head_dim, dtype, feature, pass_)
+    for head_dim, dtype, feature, pass_ in product((64, 128, 256), ("bf16", "fp16"), FEATURES, PASSES)
+}
+# Each head_dim with each pass, each feature with each pass.
+CHOICE = [
+    f"d{head_dim}-{dtype}-{feature}-{pass_}"
+    for (i, feature), (j, pass_) in product(enumerate(FEATURES), enumerate(PASSES))
+    for head_dim, dtype in [((64, 128, 256)[(i + j) % 3], ("bf16", "fp16")[i % 2])]
+]
+
+
+def pytest_generate_tests(metafunc):
+    if "cell" in metafunc.fixturenames:
+        every = metafunc.config.getoption("every_kernel")
+        metafunc.parametrize("cell", [pytest.param(MATRIX[n], id=n) for n in (MATRIX if every else CHOICE)])
+
+
+@pytest.fixture(autouse=True)
+def poison(one_thread):
+    """What torch.empty hands out holds NaN, so that an element nobody writes shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_every_schedule_is_right(cell, request):
+    head_dim, dtype, feature, pass_ = cell
+    problem, how = problem_of(head_dim, dtype, feature), FEATURES[feature][1]
+    for config in shipped(problem) if pass_ == FORWARD else [None]:
+        for seed in range(5 if request.config.getoption("every_kernel") else 1):
+            run(problem, pass_, random.Random(f"{cell} {seed}").randrange(1 << 30), config, **how)
+
+
+# ---- what is done wrong is seen
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A change of one kernel function, where it shows, and what the emulator says of it."""
+
+    bug: str
+    where: str
+    old: str
+    new: str
+    says: str
+    cell: tuple[int, str, str]  # head_dim, feature, pass
+    config: dict[str, Any] | None = None
+
+
+F128, F256 = (128, "causal", FORWARD), (256, "rest", FORWARD)
+B128, D128, D256 = (128, "causal", BACKWARD), (128, "causal", DETERMINISTIC), (256, "causal", DETERMINISTIC)
+B64 = (64, "causal", BACKWARD)
+RELEASE_K = "    bar_arrive(slot + k_free(KV_SLOTS), 128 * (GROUPS + 1))\n"
+RELEASE_V = "    bar_arrive(v_slot + v_free(KV_SLOTS), THREADS)\n"
+FAULTS = [
+    # forward: the consumers
+    Fault("K is read before it is there", "forward.first_tile", "mbarrier.wait(k_full.index(slot), phase)", "pass",
+          r"race: consumer \d reads k_s.*written by the TMA load", F128),
+    Fault("V is read before it is there", "forward.next_tile", "mbarrier.wait(v_full.index(v_slot), v_phase)", "pass",
+          r"race: consumer \d reads v_s.*written by the TMA load", F128),
+    Fault("Q is read before it is there", "forward.consumer",
+          "mbarrier.wait(q_full.index(slot * GROUPS + CID), (r // SLOTS) & 1)", "pass",
+          r"race: (consumer \d reads|a TMA load writes) q_s", F128),
+    Fault("K is released while it is read", "forward.first_tile",
+          "    s = warpgroup_mma_wait(0, deps=[s_done])  # [64, BN]\n" + RELEASE_K,
+          RELEASE_K + "    s = warpgroup_mma_wait(0, deps=[s_done])\n",
+          r"a TMA load writes k_s", F128),
+    Fault("V is released while it is read", "forward.next_tile",
+          "    acc = warpgroup_mma_wait(0, deps=[o_done])  # [64, D]\n" + RELEASE_V,
+          RELEASE_V + "    acc = warpgroup_mma_wait(0, deps=[o_done])\n",
+          r"a TMA load writes v_s", F128),
+    Fault("Q is released while it is read", "forward.consumer", "            acc = gl.zeros(",
+          "            bar_arrive(slot + q_free(KV_SLOTS), THREADS)\n            acc = gl.zeros(",
+          r"arrives twice|threads arrive|a TMA load writes q_s|race", F128, {"q_in_registers": False}),
+    Fault("the phase of a ring is the other one", "forward.ring", "(g // SLOTS) & 1", "((g // SLOTS) & 1) ^ 1",
+          r"deadlock: .*waits for parity|race", F128),
+    Fault("the phase of a ring turns at every tile", "forward.ring", "(g // SLOTS) & 1", "g & 1",
+          r"deadlock: .*waits for parity|race", F128),
+    Fault("V's slot is released as K's", "forward.next_tile", RELEASE_V,
+          "    bar_arrive(v_slot + k_free(KV_SLOTS), THREADS)\n", r"arrives twice|deadlock", F128),
+    Fault("all slots of V are released by one barrier", "forward.next_tile", RELEASE_V,
+          "    bar_arrive(v_free(KV_SLOTS), THREADS)\n", r"arrives twice|deadlock", F128),
+    Fault("V is never released", "forward.next_tile", RELEASE_V, "",
+          r"deadlock: producer waits for bar \d+ .*consumer 1 waits for parity", F128),
+    Fault("V is released twice", "forward.next_tile", RELEASE_V, RELEASE_V * 2, r"arrives twice", F128),
+    Fault("a barrier of fewer threads", "forward.next_tile", RELEASE_V, RELEASE_V.replace("THREADS", "256"),
+          r"bar \d+ is used by .* with \d+ threads, by others with", F128),
+    Fault("O is used before its product is done", "forward.next_tile", "acc = warpgroup_mma_wait(0, deps=[o_done])",
+          "acc = warpgroup_mma_wait(1, deps=[o_done])", r"used before warpgroup_mma_wait", F128),
+    Fault("nobody has the first turn", "forward.consumer", "if TURNS and CID == GROUPS - 1:",
+          "if TURNS and CID == GROUPS:", r"deadlock: .*consumer 1 waits for bar \d+ .*consumer 2 waits for bar", F128),
+    Fault("a tile that is passed over is not released", "forward.skip_tiles",
+          "bar_arrive(slot + v_free(KV_SLOTS), THREADS)", "pass", r"deadlock: producer waits for bar",
+          (64, "causal", FORWARD), {"block_n": 64}),
+    Fault("O is staged without a fence", "forward.store_tile", "fence_async_shared()", "pass",
+          r"no fence: consumer \d reads o_s", F128),
+    Fault("O is staged while the tile before leaves", "forward.store_tile", "    tma_store_wait(0)", "    pass",
+          r"consumer \d writes o_s.*while a TMA store of consumer \d reads it", F128),
+    Fault("the block ends before O has left", "forward.consumer",
+          "        row = row_next\n    tma_store_wait(0)", "        row = row_next",
+          r"consumer \d ends with a TMA store in flight", F128),
+    Fault("Q's buffer is released before O has left it", "forward.consumer",
+          "                tma_store_wait(0)\n                bar_arrive", "                bar_arrive",
+          r"a TMA load writes q_s.*while a TMA store of consumer \d reads it", F256),
+    # forward: the producer
+    Fault("K is loaded before its slot is free", "forward.producer",
+          "bar_sync(slot + k_free(KV_SLOTS), THREADS)", "pass", r"a TMA load writes k_s|arrives twice", F128),
+    Fault("Q is loaded before its buffer is free", "forward.load_q", "if r >= SLOTS:", "if r > SLOTS:",
+          r"a TMA load writes q_s|race: a TMA load writes q_s", F128, {"q_in_registers": False}),
+    Fault("half of V's bytes are expected", "forward.producer",
+          "mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)",
+          "mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes // 2)", r"deadlock|race", F128),
+    Fault("the groups share one buffer of Q", "forward.load_q", "q_s.index(slot * GROUPS + c)", "q_s.index(slot * GROUPS)",
+          r"race|T1|nan", F128),
+    # backward: fused
+    Fault("dS is overwritten while dQ is computed of it", "backward.fused_step",
+          "            everyone_sync(DQ_TAKEN)\n            ds_mine.store(ds)", "            ds_mine.store(ds)",
+          r"race: fused_consumer \d (reads|writes) ds_tile|writes ds_tile.*while a wgmma|arrives twice", B128),
+    Fault("the other consumer's dS is not waited for", "backward.fused_step", "consumers_sync(DS_READY)", "pass",
+          r"race: fused_consumer \d (reads|writes) ds_tile|writes ds_tile.* while a wgmma", B128),
+    Fault("dS is stored without a fence", "backward.fused_step",
+          "fence_async_shared()\n        consumers_sync(DS_READY)", "consumers_sync(DS_READY)",
+          r"no fence: fused_consumer \d reads ds_tile", B128),
+    Fault("dQ is staged without a fence", "backward.fused_step",
+          "fence_async_shared()\n        everyone_arrive(STAGED)", "everyone_arrive(STAGED)",
+          r"no fence: fused_producer reads staging", B128),
+    Fault("dQ's staging is released before it has left", "backward.fused_producer",
+          "            tma_store_wait(0)\n            if i + 1 < total:\n                everyone_arrive(DQ_TAKEN)",
+          "            if i + 1 < total:\n                everyone_arrive(DQ_TAKEN)\n            tma_store_wait(0)",
+          r"fused_consumer \d writes staging.*while a TMA store of fused_producer reads it|race", B128),
+    Fault("the statistics' bytes are not expected", "backward.load_queries",
+          "q_desc.block_type.nbytes + stats_desc.block_type.nbytes", "q_desc.block_type.nbytes",
+          r"deadlock|race: fused_consumer", B128),
+    Fault("dO is read before it is there", "backward.fused_step",
+          "mbarrier.wait(do_full.index(b), (i // STAGES) & 1)", "pass", r"race: fused_consumer \d reads do_ring", B64),
+    Fault("dK is staged over a K that the other consumer reads", "backward.fused_consumer",
+          "consumers_sync(DS_READY)", "pass", r"writes k_tile.*while a wgmma|race: .* k_tile", B128),
+    Fault("dK leaves without a fence", "backward.fused_consumer",
+          "    fence_async_shared()\n    everyone_arrive(FINISHED)", "    everyone_arrive(FINISHED)",
+          r"no fence: fused_\w+( \d)? reads [kv]_tile", B128),
+    # backward: two kernels
+    Fault("one barrier frees all stages", "backward.fused_producer", "everyone_sync(FREE + i % STAGES)",
+          "everyone_sync(FREE)", r"deadlock|arrives twice", D128),
+    Fault("V is released while dP is computed of it", "backward.q_step", "dp = warpgroup_mma_wait(0, deps=[dp_token])",
+          "dp = warpgroup_mma_wait(1, deps=[dp_token])", r"used before warpgroup_mma_wait", D128),
+    Fault("the next K is read before it is there", "backward.q_step",
+          "mbarrier.wait(k_full.index(b2), ((i + 1) // K_STAGES) & 1, pred=i + 1 < n)", "pass",
+          r"race: q_consumer \d reads k_ring", D128),
+    Fault("K is released while dQ is computed of it", "backward.q_step",
+          "    dq = warpgroup_mma_wait(1, deps=[dq_token])\n    if i + K_STAGES < n:\n        everyone_arrive(FREE + b)",
+          "    if i + K_STAGES < n:\n        everyone_arrive(FREE + b)\n    dq = warpgroup_mma_wait(1, deps=[dq_token])",
+          r"a TMA load writes k_ring", D128),
+    Fault("an mbarrier counts one arrival too few", "backward.gluon_gradients_kv",
+          "mbarrier.init(q_free.index(j), count=2)", "mbarrier.init(q_free.index(j), count=1)",
+          r"an arrival too many|a TMA load writes q_ring|race|deadlock", D256),
+    Fault("an mbarrier counts one arrival too many", "backward.gluon_gradients_kv",
+          "mbarrier.init(do_free.index(j), count=2)", "mbarrier.init(do_free.index(j), count=3)",
+          r"deadlock: wide_producer waits for parity", D256),
+    Fault("P's buffer is waited for in the wrong phase", "backward.wide_v_step",
+          "((i // P_STAGES) & 1) ^ 1", "(i // P_STAGES) & 1", r"deadlock", D256),
+    Fault("P is read before it is there", "backward.wide_k_consumer",
+          "mbarrier.wait(p_full.index(c), (i // P_STAGES) & 1)", "pass", r"race: wide_k_consumer reads p_ring|race: wide_v_consumer writes p_ring", D256),
+    Fault("dO is released while dV is computed of it", "backward.wide_v_step",
+          "    dv = warpgroup_mma_wait(1, deps=[dv_token])\n    mbarrier.arrive(do_free.index(b))",
+          "    mbarrier.arrive(do_free.index(b))\n    dv = warpgroup_mma_wait(1, deps=[dv_token])",
+          r"a TMA load writes do_ring", D256),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.bug)
+def test_a_planted_fault_is_found(fault):
+    head_dim, feature, pass_ = fault.cell
+    problem, how = problem_of(head_dim, "bf16", feature), FEATURES[feature][1]
+    config = None
+    if pass_ == FORWARD:
+        config = shipped(problem)[0].replace(**fault.config or {})
+        run(problem, pass_, 0, config, **how)  # without the fault it is right
+    said = []
+    for seed in range(8):  # a few show in some schedules only
+        try:
+            run(problem, pass_, seed, config, {fault.where: (fault.old, fault.new)}, **how)
+        except (Hazard, AssertionError) as error:
+            said.append(str(error))
+            break
+    assert said, "not found"
+    assert re.search(fault.says, said[0]), said[0]
