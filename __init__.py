@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flash2 import core
 from flash2.backends import default_backend, get_backend, list_backends, register_backend
 from flash2.core.problem import Problem, Window
 
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 __all__ = ["Problem", "attention", "get_backend", "list_backends", "register_backend"]
 __version__ = "0.1.0"
 _functional = None
+
+
+def _find_backend(name: str | None, device_type: str) -> Backend:
+    return get_backend(name or default_backend(device_type))
+
+
+core.find_backend = _find_backend
 
 
 def attention(

@@ -3,6 +3,7 @@
 Usage:
     python bench.py                                         a sensible default for the machine found
     python bench.py --backends naive,sdpa --seqlen 1k,4k    your own
+    python bench.py train --backends sdpa,triton            the same small model on each: step time and loss
     python bench.py list | explain | report | compare | doctor
 """
 
@@ -45,7 +46,9 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"list": list_, "explain": explain, "report": report, "compare": compare, "doctor": doctor}
+    commands = {
+        "list": list_, "explain": explain, "report": report, "compare": compare, "doctor": doctor, "train": train
+    }  # fmt: skip
     command = commands[words.pop(0)] if words and words[0] in commands else run
     try:
         return command(words)
@@ -166,6 +169,7 @@ def report(words: list[str]) -> int:
     asked = parser.parse_args(words)
     from flash2.core.report import Printer, generated, groups
     from flash2.core.results import read_results
+    from flash2.core.training import runs
 
     with bad_input(parser):
         if asked.write or asked.check:
@@ -176,10 +180,16 @@ def report(words: list[str]) -> int:
                     path.write_text(text)
             return 1 if asked.check and stale else 0
         printer = Printer(asked.format)
+        cells, trained = [], []
         for path in asked.files:
+            (trained if runs.holds_runs(path) else cells).append(path)
+        for path in trained:
+            print(runs.table(runs.read_runs(path), asked.format))
+        for path in cells:
             for group in groups(read_results(path)):
                 printer.group(group)
-        printer.end()
+        if cells or not trained:
+            printer.end()
     return 0
 
 
@@ -210,6 +220,28 @@ def compare(words: list[str]) -> int:
     if worse:
         print(f"{len(worse)} of {len(found)} cells regressed by more than {limit}")
     return 1 if worse else 0
+
+
+def train(words: list[str]) -> int:
+    """The same small model trained on each backend."""
+    parser = Parser(prog="bench.py train", description="Step time, memory and loss of one model on each backend.")
+    parser.add_argument("--backends", metavar="A,B", help="by name or ./file.py:Class (default: the machine's)")
+    parser.add_argument(
+        "--seeds", metavar="N,..", help="sdpa also trains with those after the first: the spread of runs"
+    )
+    from flash2.core.training import runs, session
+
+    session.add_arguments(parser)
+    asked = parser.parse_args(words)
+    with bad_input(parser):
+        names = plan.words(asked.backends) if asked.backends else []
+        known_backends(parser, names)
+        seeds = [plan.integer(text) for text in plan.words(asked.seeds)] if asked.seeds else []
+        found = session.from_arguments(asked, names, seeds).run()
+        print(runs.table(found, asked.format))
+        if asked.plot:
+            runs.picture(found, asked.plot)
+    return 0 if any(run.status == "ok" for run in found) else 1
 
 
 def doctor(words: list[str]) -> int:

@@ -22,8 +22,10 @@ from flash2.core.timing import timer_for
 LIBRARIES = ("triton", "cupy-cuda13x", "numba", "numpy", "flash-attn-4")
 
 
-def environment(device: torch.device, seed: int) -> dict[str, Any]:
-    """A JSON-able fingerprint; everything but results.VOLATILE must agree for two runs to be one."""
+def environment(device: torch.device, seed: int, *, ceilings: bool = True) -> dict[str, Any]:
+    """A JSON-able fingerprint; everything but results.VOLATILE must agree for two runs to be one.
+
+    ceilings: also measure what the device reaches in a matmul, which takes seconds on a CPU."""
     found: dict[str, Any] = {
         "device": device_name(device),
         "python": platform.python_version(),
@@ -41,7 +43,8 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
             "driver": driver_version(),
         }
-    found["ceilings"] = measured_ceilings(device)
+    if ceilings:
+        found["ceilings"] = measured_ceilings(device)
     found["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return found
 

@@ -19,6 +19,7 @@ from tabulate import DataRow, TableFormat, tabulate
 from flash2.core.compare import Speedup, speedup
 from flash2.core.problem import PRECISIONS
 from flash2.core.results import Result, latest, read_results
+from flash2.core.training import runs
 
 tabulate_module.MIN_PADDING = 0  # a column is as wide as what stands in it
 FORMATS = ("table", "markdown", "csv", "json")
@@ -219,6 +220,8 @@ def _family(result: Result) -> str:
 
 def page(path: Path) -> str:
     """The Markdown page of a results file: what it was measured on, pivots, every row."""
+    if runs.holds_runs(path):
+        return runs.page(path, _shown)
     results = list(latest(read_results(path)).values())
     environments = {json.dumps(_shown(r.environment), sort_keys=True): _shown(r.environment) for r in results}
     lines = [f"# {path.stem}", "", f"Generated from [{path.name}]({path.name}) by `bench.py report --write`.", ""]
@@ -238,17 +241,24 @@ def _shown(environment: dict) -> dict:
     return shown
 
 
-_MARKED = re.compile(r"(<!-- table: (?P<path>\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (?P<what>table|sample): (?P<path>\S+) -->\n).*?(<!-- /(?P=what) -->)", re.DOTALL)
 
 
 def fill_tables(document: Path) -> str:
-    """The text of a Markdown file with each `<!-- table: FILE.jsonl -->` ... `<!-- /table -->` made anew.
+    """The text of a Markdown file with each `<!-- table: FILE.jsonl -->` ... `<!-- /table -->` made anew: pivots, or
+    the rows of training runs; `<!-- sample: ... -->` is the text that the last run wrote.
 
     Paths are relative to the document."""
 
     def fill(match: re.Match[str]) -> str:
         source = document.parent / match["path"]
-        return f"{match[1]}\n{pivots(list(latest(read_results(source)).values()))}\n{match[3]}"
+        if match["what"] == "sample":
+            text = runs.sample_block([run for run in runs.read_runs(source) if run.sample][-1]) + "\n"
+        elif runs.holds_runs(source):
+            text = runs.table(runs.read_runs(source), "markdown") + "\n"
+        else:
+            text = pivots(list(latest(read_results(source)).values()))
+        return f"{match[1]}\n{text}\n{match[4]}"
 
     return _MARKED.sub(fill, document.read_text())
 

@@ -24,7 +24,15 @@ def test_everything_is_under_flash2(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"flash2", f"flash2_triton-{wheel.name.split('-')[1]}.dist-info"}
-    for module in ("__init__", "bench", "core/cell", "backends/naive", "backends/triton_fa2/__init__"):
+    for module in (
+        "__init__",
+        "bench",
+        "core/cell",
+        "backends/naive",
+        "backends/triton_fa2/__init__",
+        "core/training/trainer",
+        "integrations/transformers",
+    ):
         assert f"flash2/{module}.py" in names
     assert not any(name.startswith("flash2/tests/") for name in names)
 

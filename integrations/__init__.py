@@ -1,0 +1,1 @@
+"""The backends inside other people's libraries. Each module here needs its library, an optional extra."""
