@@ -24,6 +24,9 @@ BUILTIN = {
     "flex": "flash2.backends.flex:Flex",
     "numba": "flash2.backends.numba_cpu:NumbaCPU",
     "triton": "flash2.backends.triton_fa2:TritonFA2",
+    "fa2": "flash2.backends.peers.flash_attention:FA2",
+    "fa3": "flash2.backends.peers.flash_attention:FA3",
+    "fa4": "flash2.backends.peers.flash_attention:FA4",
 }
 # Names of kernels that are on their way: nobody else may take them, and asking for one says so.
 RESERVED = ("gluon", "cupy")

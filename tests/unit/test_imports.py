@@ -18,6 +18,8 @@ OPTIONAL = {
     "cupy": ("cupy_cuda",),
     "numba": ("numba_cpu", "numba_kernels"),
     "llvmlite": ("numba_kernels",),
+    "flash_attn": ("peers",),
+    "flash_attn_interface": ("peers",),
     "matplotlib": (),
     "pynvml": (),
     "transformers": (),
