@@ -32,9 +32,10 @@ from flash2.backends.gluon_hopper.compat import (
 # Named barriers.
 FREE = FIRST_BARRIER  # + stage, at most 3: a stage of the ring of queries (gradients_q: of keys) is free again
 V_FREE = gl.constexpr(FIRST_BARRIER.value + 3)  # + stage, at most 2: a stage of the ring of values
-DQ_STAGED = gl.constexpr(FIRST_BARRIER.value + 5)  # consumers -> producer: dQ is staged; Q, dO, statistics are free
+STAGED = gl.constexpr(FIRST_BARRIER.value + 5)  # consumers -> producer: dQ is staged; Q, dO, statistics are free
 DS_READY = gl.constexpr(FIRST_BARRIER.value + 6)  # consumer <-> consumer: dS is in shared memory
 DQ_TAKEN = gl.constexpr(FIRST_BARRIER.value + 7)  # producer -> consumers: staging, and so dS, may be overwritten
+FINISHED = gl.constexpr(FIRST_BARRIER.value + 8)  # consumers -> producer: the outputs are in shared memory
 
 
 @gluon.jit
@@ -91,15 +92,6 @@ def from_lanes(y, n: gl.constexpr):
 
 
 @gluon.jit
-def halves(x):
-    """Accumulator [64, n] -> its two column halves: a renaming of registers."""
-    n: gl.constexpr = x.shape[1]
-    lo, hi = x.reshape([64, 2, n // 2]).permute((0, 2, 1)).split()
-    L: gl.constexpr = acc_layout(n // 2)
-    return gl.convert_layout(lo, L, assert_trivial=True), gl.convert_layout(hi, L, assert_trivial=True)
-
-
-@gluon.jit
 def a_operand(x, n: gl.constexpr, dtype: gl.constexpr):
     """float32 accumulator x as a 16-bit A operand, in registers, of a product with n columns."""
     L: gl.constexpr = gl.DotOperandLayout(0, acc_layout(n), 2)
@@ -118,9 +110,8 @@ def load_rows(desc, where, row, full, tile):
 
 @gluon.jit
 def store_rows(desc, where, row, tile):
-    """`tile` [rows, head_dim] to rows row.. of one head, those that exist."""
+    """`tile` [rows, head_dim] to rows row.. of one head, those that exist; fenced by whoever wrote it."""
     batch, head = where
-    fence_async_shared()
     tma_store(desc, [batch, head, row, 0], tile._reinterpret(desc.dtype, desc.block_type.shape, desc.layout))
 
 
@@ -175,21 +166,37 @@ def key_range(start_m, seq_q, seq_kv, band, BM: gl.constexpr, BN: gl.constexpr, 
 
 
 @gluon.jit
-def visible(i, j, seq_kv, band, MASKS: gl.constexpr):
-    """Does query i, counted from the bottom-right diagonal, see key j?"""
+def edges_of(start_m, start_n, lengths, band):
+    """(right, left, end): query start_m + i sees key start_n + j iff j <= i + right, j >= i + left and j < end."""
+    seq_q, seq_kv = lengths
     left, right = band
+    diagonal = seq_kv - seq_q + start_m - start_n
+    return diagonal + right, diagonal - left, seq_kv - start_n
+
+
+@gluon.jit
+def visible(i, j, edges, MASKS: gl.constexpr):
+    """Does query i see key j, counted as edges_of() counts them?"""
+    right, left, end = edges
     LEFT, RIGHT, TAIL = MASKS
-    keep = j < seq_kv
     if RIGHT:
-        keep = keep & (j <= i + right) if TAIL else j <= i + right
-    if LEFT:
-        keep = keep & (j >= i - left)
+        keep = j <= i + right
+        if LEFT:
+            keep = keep & (j >= i + left)
+        if TAIL:
+            keep = keep & (j < end)
+    elif LEFT:
+        keep = j >= i + left
+        if TAIL:
+            keep = keep & (j < end)
+    else:
+        keep = j < end
     return keep
 
 
 @gluon.jit
-def probabilities(s, lse, maths, SOFTCAP: gl.constexpr):
-    """(p, slope): p = exp2(logit - lse), and p times d logit / d (s * scale), from products s = q.k.
+def logits(s, maths, SOFTCAP: gl.constexpr):
+    """(logit, slope): log2 e times the logit, and d logit / d (s * scale), from products s = q.k.
 
     maths is (factor on s, factor after it): without a softcap scale * log2(e); with one exp(2 x) = exp2(factor s),
     tanh(x) = 1 - 2 / (1 + exp(2 x)), and softcap * log2(e). tanh's error is absolute, 1e-7, which is what a logit bears.
@@ -197,21 +204,40 @@ def probabilities(s, lse, maths, SOFTCAP: gl.constexpr):
     factor, cap = maths
     if SOFTCAP:
         t = 1.0 - 2.0 / (1.0 + gl.exp2(s * factor))
-        p = gl.exp2(t * cap - lse)
-        return p, p * (1.0 - t * t)
+        return t * cap, 1.0 - t * t
     else:
-        p = gl.exp2(s * factor - lse)
+        return s * factor, 1.0
+
+
+@gluon.jit
+def probabilities(s, lse, start, edges, maths, KEYS_OWNED: gl.constexpr,
+                  MASK: gl.constexpr, MASKS: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
+    """(p, slope) of a tile: p = exp2(logit - lse), 0 where a query does not see a key, and p d logit / d (s * scale).
+
+    Its 64 rows are the keys this consumer owns, its columns queries start..; or the other way round.
+    """
+    L: gl.constexpr = acc_layout(s.shape[1])
+    x, slope = logits(s, maths, SOFTCAP)
+    x = x - (lse[None, :] if KEYS_OWNED else lse[:, None])
+    if MASK:
+        rows = gl.arange(0, 64, gl.SliceLayout(1, L)) + opaque_zero()  # not hoisted out of the loop: that spills
+        columns = gl.arange(0, s.shape[1], gl.SliceLayout(0, L)) + start
+        if KEYS_OWNED:
+            keep = visible(columns[None, :], rows[:, None], edges, MASKS)
+        else:
+            keep = visible(rows[:, None], columns[None, :], edges, MASKS)
+        x = gl.where(keep, x, -float("inf"))
+    p = gl.exp2(x)
+    if SOFTCAP:
+        return p, p * slope
+    else:
         return p, p
 
 
 @gluon.jit
-def hide_keys(p, start_n, start_m, lengths, band, MASKS: gl.constexpr):
-    """p^T of keys start_n.. and queries start_m.. [64, n], 0 where the query does not see the key."""
-    seq_q, seq_kv = lengths
-    L: gl.constexpr = acc_layout(p.shape[1])
-    j = start_n + gl.arange(0, 64, gl.SliceLayout(1, L))
-    i = start_m + seq_kv - seq_q + gl.arange(0, p.shape[1], gl.SliceLayout(0, L))
-    return gl.where(visible(i[None, :], j[:, None], seq_kv, band, MASKS), p, 0.0)
+def half(tile, n):
+    """The n-th half of a tile [1, 128, head_dim]'s memory as one [64, head_dim]."""
+    return tile._reinterpret(tile.dtype, [2, 64, tile.shape[2]], tile.layout).index(n)
 
 
 # ---- fused: a program owns 128 keys and walks over the query tiles of all heads that share them
@@ -233,8 +259,8 @@ def load_queries(descs, rings, where, rows, t, i, SHAPE: gl.constexpr):
 
 @gluon.jit
 def fused_producer(descs, kv_descs, acc_desc, rings, kv, staging, place, walk, SHAPE: gl.constexpr, DQ: gl.constexpr):
-    """Partition 0: K and V once, Q and dO and statistics of every step; with DQ it adds the staged dQ to global memory."""
-    k_desc, v_desc = kv_descs
+    """Partition 0: loads K and V once, Q and dO and statistics of every step; adds up dQ if DQ; stores dK and dV."""
+    k_desc, v_desc, dk_desc, dv_desc = kv_descs
     k_tile, v_tile, k_full, v_full = kv
     BM, BN, D, STAGES = SHAPE
     batch, head_kv, start_n = place
@@ -256,7 +282,7 @@ def fused_producer(descs, kv_descs, acc_desc, rings, kv, staging, place, walk, S
         if total > 0:
             everyone_arrive(DQ_TAKEN)
         for i in range(total):
-            everyone_sync(DQ_STAGED)
+            everyone_sync(STAGED)
             at = (rows + i // n * tiles + lo + i % n) * 2 * R
             tma_reduce_add(acc_desc, [at, 0], staging.index(0))
             tma_reduce_add(acc_desc, [at + R, 0], staging.index(1))
@@ -272,6 +298,11 @@ def fused_producer(descs, kv_descs, acc_desc, rings, kv, staging, place, walk, S
         for i in range(STAGES, total):
             everyone_sync(FREE + i % STAGES)
             load_queries(descs, rings, (batch, head + i // n), rows + i // n * tiles, lo + i % n, i, SHAPE)
+    everyone_sync(FINISHED)
+    for part in gl.static_range(2):
+        store_rows(dv_desc, (batch, head_kv), start_n + part * 64, half(v_tile, part))
+        store_rows(dk_desc, (batch, head_kv), start_n + part * 64, half(k_tile, part))
+    tma_store_wait(0)
 
 
 @gluon.jit
@@ -287,8 +318,8 @@ def issue_scores(CID: gl.constexpr, i, total, rings, k_tile, SHAPE: gl.constexpr
 
 
 @gluon.jit
-def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, s, dk, dv, total, start_n, rings, kv, ds_tile, staging,
-               lengths, band, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
+def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings, kv, ds_tile, staging,
+               edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
     """One query tile: dv += p^T dO, dk += ds^T Q, and dQ's part to the staging buffer.
 
     Returns s, the scores of the next step if PIPELINED, and dk, dv.
@@ -296,9 +327,8 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, s, dk, dv, total, st
     q_ring, do_ring, stats_ring, q_full, do_full = rings
     k_tile, v_tile, k_full, v_full = kv
     BM, BN, D, STAGES = SHAPE
-    DQ, PIPELINED, SPLIT, EARLY, SOFTCAP = HOW
-    C: gl.constexpr = BM // SPLIT  # columns of a piece of the scores
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, acc_layout(C))
+    DQ, PIPELINED, EARLY, DELTA_FIRST, SOFTCAP = HOW
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, acc_layout(BM))
     DQN: gl.constexpr = D * BM // 128  # this consumer's half of dQ is [64, DQN]
     dtype: gl.constexpr = q_ring.dtype
     b = i % STAGES
@@ -307,74 +337,42 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, s, dk, dv, total, st
     stats = stats_ring.index(b)
     zero = opaque_zero()
     v = v_tile.index(zero).slice(CID * 64, 64, 0)
-    if DQ:
-        ds_mine = ds_tile.index(zero).slice(CID * 64, 64, 0)
-    start_mine = start_n + CID * 64
     if not PIPELINED:
         s_token = issue_scores(CID, i, total, rings, k_tile, SHAPE)
     mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
     zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
-    dp_token = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if DELTA_FIRST:  # dP's accumulator begins with -delta, which then needs no registers of its own beside p and dP
+        less, _ = gl.broadcast(stats.slice(BM, BM, 0).load(COLUMNS)[None, :], zeros)
+        dp_token = warpgroup_mma(v, do.permute((1, 0)), less, is_async=True)
+    else:
+        dp_token = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
     if not PIPELINED:
         s = warpgroup_mma_wait(1, deps=[s_token])
     elif EARLY:  # waits for nothing: it keeps ptxas from spreading dP's wgmmas over the softmax
         s = warpgroup_mma_wait(1, deps=[s])
-    lse = stats.slice(0, C, 0).load(COLUMNS)
-    if SPLIT == 1:
-        p, slope = probabilities(s, lse[None, :], maths, SOFTCAP)
-        if MASK:
-            p = hide_keys(p, start_mine, t * BM, lengths, band, MASKS)
-            slope = hide_keys(slope, start_mine, t * BM, lengths, band, MASKS) if SOFTCAP else p
-        dv_token = warpgroup_mma(a_operand(p, D, dtype), do, dv, is_async=True)
-        if EARLY and BM == 64:
-            delta = stats.slice(BM, BM, 0).load(COLUMNS)
-        dp = warpgroup_mma_wait(1, deps=[dp_token])
-        if not (EARLY and BM == 64):
-            delta = stats.slice(BM, BM, 0).load(COLUMNS)
-        ds = (slope * (dp - delta[None, :])).to(dtype)
-        dk_token = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, acc_layout(D), 2)), q, dk, is_async=True)
-        if DQ:
-            everyone_sync(DQ_TAKEN)
-            ds_mine.store(ds)
-    else:
-        s0, s1 = halves(s)
-        p0, slope0 = probabilities(s0, lse[None, :], maths, SOFTCAP)
-        if MASK:
-            p0 = hide_keys(p0, start_mine, t * BM, lengths, band, MASKS)
-            slope0 = hide_keys(slope0, start_mine, t * BM, lengths, band, MASKS) if SOFTCAP else p0
-        dv_token = warpgroup_mma(a_operand(p0, D, dtype), do.slice(0, C, 0), dv, is_async=True)
-        lse = stats.slice(C, C, 0).load(COLUMNS)
-        p1, slope1 = probabilities(s1, lse[None, :], maths, SOFTCAP)
-        if MASK:
-            p1 = hide_keys(p1, start_mine, t * BM + C, lengths, band, MASKS)
-            slope1 = hide_keys(slope1, start_mine, t * BM + C, lengths, band, MASKS) if SOFTCAP else p1
-        dv_token = warpgroup_mma(a_operand(p1, D, dtype), do.slice(C, C, 0), dv_token, is_async=True)
-        dp, dv_token = warpgroup_mma_wait(1, deps=[dp_token, dv_token])  # dv's second half stays in flight
-        delta = stats.slice(BM, C, 0).load(COLUMNS)
-        dp0, dp1 = halves(dp)
-        ds0 = (slope0 * (dp0 - delta[None, :])).to(dtype)
-        A: gl.constexpr = gl.DotOperandLayout(0, acc_layout(D), 2)
-        dk_token = warpgroup_mma(gl.convert_layout(ds0, A), q.slice(0, C, 0), dk, is_async=True)
-        if DQ:
-            everyone_sync(DQ_TAKEN)
-            ds_mine.slice(0, C, 1).store(ds0)
-        delta = stats.slice(BM + C, C, 0).load(COLUMNS)
-        ds1 = (slope1 * (dp1 - delta[None, :])).to(dtype)
-        dk_token = warpgroup_mma(gl.convert_layout(ds1, A), q.slice(C, C, 0), dk_token, is_async=True)
-        if DQ:
-            ds_mine.slice(C, C, 1).store(ds1)
+    lse = stats.slice(0, BM, 0).load(COLUMNS)
+    p, slope = probabilities(s, lse, i * BM, edges, maths, True, MASK, MASKS, SOFTCAP)
+    dv_token = warpgroup_mma(a_operand(p, D, dtype), do, dv, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=[dp_token])
+    if not DELTA_FIRST:
+        dp = dp + stats.slice(BM, BM, 0).load(COLUMNS)[None, :]
+    ds = (slope * dp).to(dtype)
+    ds_operand = gl.convert_layout(ds, gl.DotOperandLayout(0, acc_layout(D), 2))
+    dk_token = warpgroup_mma(ds_operand, q, dk, is_async=True)
     if DQ:
+        k = k_tile.index(zero)
+        ds_both = ds_tile.index(zero)
+        everyone_sync(DQ_TAKEN)
+        ds_both.slice(CID * 64, 64, 0).store(ds)
         fence_async_shared()
         consumers_sync(DS_READY)
-        k = k_tile.index(zero)
-        ds = ds_tile.index(zero)
-        zeros = gl.zeros([64, DQN], gl.float32, acc_layout(DQN))
+        no_dq = gl.zeros([64, DQN], gl.float32, acc_layout(DQN))
         if BM == 64:  # a consumer computes all 64 queries of half the head dimension
             dq_token = warpgroup_mma(
-                ds.permute((1, 0)), k.slice(CID * DQN, DQN, 1), zeros, use_acc=False, is_async=True
-            )
+                ds_both.permute((1, 0)), k.slice(CID * DQN, DQN, 1), no_dq, use_acc=False, is_async=True)  # fmt: skip
         else:  # or 64 of 128 queries, the whole head dimension
-            dq_token = warpgroup_mma(ds.slice(CID * 64, 64, 1).permute((1, 0)), k, zeros, use_acc=False, is_async=True)
+            dq_token = warpgroup_mma(
+                ds_both.slice(CID * 64, 64, 1).permute((1, 0)), k, no_dq, use_acc=False, is_async=True)  # fmt: skip
         # dv and dk are waited for before the next scores begin: two 16-bit A operands in flight are too many registers
         if PIPELINED:
             dv, dk = warpgroup_mma_wait(1, deps=[dv_token, dk_token])
@@ -384,10 +382,10 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, s, dk, dv, total, st
             dv, dk, dq = warpgroup_mma_wait(0, deps=[dv_token, dk_token, dq_token])
         staging.index(CID).store(to_lanes(dq).reshape([64 * DQN // 32, 32]))
         fence_async_shared()
-        everyone_arrive(DQ_STAGED)
+        everyone_arrive(STAGED)
     else:
         if PIPELINED:
-            dv = warpgroup_mma_wait(SPLIT, deps=[dv_token])
+            dv = warpgroup_mma_wait(1, deps=[dv_token])
             s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE)
             dk = warpgroup_mma_wait(1, deps=[dk_token])
         else:
@@ -400,37 +398,36 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, s, dk, dv, total, st
 
 
 @gluon.jit
-def fused_walk(CID: gl.constexpr, base, s, dk, dv, total, start_n, tiles, rings, kv, ds_tile, staging,
-               lengths, band, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
-    """All query tiles of one head: those on the band's edges with a mask, those inside without."""
-    lo, full_lo, full_hi, hi = tiles
+def fused_walk(CID: gl.constexpr, first, s, dk, dv, total, steps, rings, kv, ds_tile, staging,
+               edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
+    """One head, from step `first` on: `steps` end the masked tiles, the ones without a mask, and again masked ones."""
+    full_lo, full_hi, hi = steps
     LEFT, RIGHT, TAIL = MASKS
     if RIGHT or TAIL:
-        for t in range(lo, full_lo):
-            s, dk, dv = fused_step(CID, True, base + t, t, s, dk, dv, total, start_n, rings, kv, ds_tile, staging,
-                                   lengths, band, maths, MASKS, SHAPE, HOW)  # fmt: skip
-    for t in range(full_lo, full_hi):
-        s, dk, dv = fused_step(CID, False, base + t, t, s, dk, dv, total, start_n, rings, kv, ds_tile, staging,
-                               lengths, band, maths, MASKS, SHAPE, HOW)  # fmt: skip
+        for i in range(first, first + full_lo):
+            s, dk, dv = fused_step(CID, True, i, s, dk, dv, total, rings, kv, ds_tile, staging,
+                                   edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
+    for i in range(first + full_lo, first + full_hi):
+        s, dk, dv = fused_step(CID, False, i, s, dk, dv, total, rings, kv, ds_tile, staging,
+                               edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     if LEFT:
-        for t in range(full_hi, hi):
-            s, dk, dv = fused_step(CID, True, base + t, t, s, dk, dv, total, start_n, rings, kv, ds_tile, staging,
-                                   lengths, band, maths, MASKS, SHAPE, HOW)  # fmt: skip
+        for i in range(first + full_hi, first + hi):
+            s, dk, dv = fused_step(CID, True, i, s, dk, dv, total, rings, kv, ds_tile, staging,
+                                   edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     return s, dk, dv
 
 
 @gluon.jit
-def fused_consumer(CID: gl.constexpr, dk_desc, dv_desc, rings, kv, ds_tile, staging, place, tiles, group,
+def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, start_n, start_m, steps, group,
                    lengths, band, maths, scale, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr,
                    GROUPED: gl.constexpr):  # fmt: skip
     """Partitions 1 and 2: dK and dV of 64 keys each, in registers from first to last."""
     k_tile, v_tile, k_full, v_full = kv
     BM, BN, D, STAGES = SHAPE
-    DQ, PIPELINED, SPLIT, EARLY, SOFTCAP = HOW
-    batch, head_kv, start_n = place
-    lo, full_lo, full_hi, hi = tiles
-    n = hi - lo
-    total = n * group
+    DQ, PIPELINED, EARLY, DELTA_FIRST, SOFTCAP = HOW
+    full_lo, full_hi, n = steps
+    total = n * group if GROUPED else n
+    start_mine = start_n + CID * 64
     dtype: gl.constexpr = k_tile.dtype
     dk = gl.zeros([64, D], gl.float32, acc_layout(D))
     dv = gl.zeros([64, D], gl.float32, acc_layout(D))
@@ -441,20 +438,19 @@ def fused_consumer(CID: gl.constexpr, dk_desc, dv_desc, rings, kv, ds_tile, stag
     mbarrier.wait(v_full.index(0), 0)
     if GROUPED:
         for member in range(group):
-            s, dk, dv = fused_walk(CID, member * n - lo, s, dk, dv, total, start_n, tiles, rings, kv, ds_tile, staging,
-                                   lengths, band, maths, MASKS, SHAPE, HOW)  # fmt: skip
+            first = member * n
+            edges = edges_of(start_m - first * BM, start_mine, lengths, band)
+            s, dk, dv = fused_walk(CID, first, s, dk, dv, total, steps, rings, kv, ds_tile, staging,
+                                   edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     else:
-        s, dk, dv = fused_walk(CID, -lo, s, dk, dv, total, start_n, tiles, rings, kv, ds_tile, staging,
-                               lengths, band, maths, MASKS, SHAPE, HOW)  # fmt: skip
+        edges = edges_of(start_m, start_mine, lengths, band)
+        s, dk, dv = fused_walk(CID, 0, s, dk, dv, total, steps, rings, kv, ds_tile, staging,
+                               edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     consumers_sync(DS_READY)  # both are done with K and V: they become the staging area of dK and dV
-    mine = start_n + CID * 64
-    dv_out = v_tile._reinterpret(dtype, [2, 64, D], v_tile.layout).index(CID)
-    dk_out = k_tile._reinterpret(dtype, [2, 64, D], k_tile.layout).index(CID)
-    dv_out.store(dv.to(dtype))
-    dk_out.store((dk * scale).to(dtype))
-    store_rows(dv_desc, (batch, head_kv), mine, dv_out)
-    store_rows(dk_desc, (batch, head_kv), mine, dk_out)
-    tma_store_wait(0)
+    half(v_tile, CID).store(dv.to(dtype))
+    half(k_tile, CID).store((dk * scale).to(dtype))
+    fence_async_shared()
+    everyone_arrive(FINISHED)
 
 
 @gluon.jit
@@ -473,7 +469,7 @@ def gluon_gradients_fused(
     rows, heads_kv, group, seq_q, seq_kv, left, right, together, factor, cap, scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, GROUPED: gl.constexpr, SOFTCAP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    DQ: gl.constexpr, PIPELINED: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr,
+    DQ: gl.constexpr, PIPELINED: gl.constexpr, EARLY: gl.constexpr, DELTA_FIRST: gl.constexpr,
 ):  # fmt: skip
     """dv = sum p^T dO and dk = sum ds^T Q of 128 keys, all query heads that share them; with DQ, dQ += ds K.
 
@@ -505,16 +501,17 @@ def gluon_gradients_fused(
     band = (left, right)
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
     SHAPE: gl.constexpr = (BM, BN, D, STAGES)
-    HOW: gl.constexpr = (DQ, PIPELINED, SPLIT, EARLY, SOFTCAP)
-    tiles = query_range(tile * BN, seq_q, seq_kv, band, BM, BN, MASKS)
+    HOW: gl.constexpr = (DQ, PIPELINED, EARLY, DELTA_FIRST, SOFTCAP)
+    lo, full_lo, full_hi, hi = query_range(tile * BN, seq_q, seq_kv, band, BM, BN, MASKS)
+    steps = (full_lo - lo, full_hi - lo, hi - lo)
     # Statistics and the accumulator of dQ are padded to multiples of 128 queries.
-    walk = (tiles[0], tiles[3] - tiles[0], gl.cdiv(seq_q, 128) * (128 // BM), group, heads_kv * group)
+    walk = (lo, hi - lo, gl.cdiv(seq_q, 128) * (128 // BM), group, heads_kv * group)
     rings = (q_ring, do_ring, stats_ring, q_full, do_full)
     kv = (k_tile, v_tile, k_full, v_full)
     gl.warp_specialize([
-        (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc), acc_desc, rings, kv, staging, place, walk, SHAPE, DQ)),
-        (fused_consumer, (gl.constexpr(0), dk_desc, dv_desc, rings, kv, ds_tile, staging, place, tiles, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
-        (fused_consumer, (gl.constexpr(1), dk_desc, dv_desc, rings, kv, ds_tile, staging, place, tiles, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
+        (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), acc_desc, rings, kv, staging, place, walk, SHAPE, DQ)),
+        (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
+        (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
     ], [4, 4], [240, 240])  # fmt: skip
 
 
@@ -523,8 +520,8 @@ def gluon_gradients_fused(
 
 @gluon.jit
 def q_producer(descs, q_tiles, rings, place, walk, SHAPE: gl.constexpr):
-    """Partition 0: Q and dO once, K and V of every step."""
-    q_desc, do_desc, k_desc, v_desc = descs
+    """Partition 0: loads Q and dO once, K and V of every step; stores dQ."""
+    q_desc, do_desc, k_desc, v_desc, dq_desc = descs
     q_tile, do_tile, q_full = q_tiles
     k_ring, v_ring, k_full, v_full = rings
     BN, D, K_STAGES, V_STAGES = SHAPE
@@ -549,16 +546,19 @@ def q_producer(descs, q_tiles, rings, place, walk, SHAPE: gl.constexpr):
             everyone_sync(V_FREE + c)
         mbarrier.expect(v_full.index(c), v_desc.block_type.nbytes)
         load_rows(v_desc, (batch, head_kv), row, v_full.index(c), v_ring.index(c))
+    everyone_sync(FINISHED)
+    for part in gl.static_range(2):
+        store_rows(dq_desc, (batch, head), start_m + part * 64, q_tile.index(part))
+    tma_store_wait(0)
 
 
 @gluon.jit
-def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, start_mine, q_tiles, lse_tile, rings,
-           lengths, band, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
+def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, q_tiles, lse_tile, rings,
+           edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
     """One key tile: dq += ds K. Returns the scores of the next step, and dq."""
     q_tile, do_tile, q_full = q_tiles
     k_ring, v_ring, k_full, v_full = rings
     BN, D, K_STAGES, V_STAGES = SHAPE
-    seq_q, seq_kv = lengths
     dtype: gl.constexpr = q_tile.dtype
     L: gl.constexpr = acc_layout(BN)
     zeros = gl.zeros([64, BN], gl.float32, L)
@@ -571,18 +571,14 @@ def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, start_m
     # over a wait, but no load.
     s = warpgroup_mma_wait(1, deps=[s])
     lse = lse_tile.index(CID).load(gl.SliceLayout(1, L))
-    p, slope = probabilities(s, lse[:, None], maths, SOFTCAP)
-    if MASK:
-        qi = start_mine + seq_kv - seq_q + gl.arange(0, 64, gl.SliceLayout(1, L))
-        kj = t * BN + gl.arange(0, BN, gl.SliceLayout(0, L))
-        slope = gl.where(visible(qi[:, None], kj[None, :], seq_kv, band, MASKS), slope, 0.0)
+    p, slope = probabilities(s, lse, t * BN, edges, maths, False, MASK, MASKS, SOFTCAP)
     b2 = (i + 1) % K_STAGES
     # Here, because its branch pins the exponentials above the wait for dP.
     mbarrier.wait(k_full.index(b2), ((i + 1) // K_STAGES) & 1, pred=i + 1 < n)
     dp = warpgroup_mma_wait(0, deps=[dp_token])
     if i + V_STAGES < n:
         everyone_arrive(V_FREE + c)  # an mbarrier's arrival here makes ptxas pull the wait over the exponentials
-    ds = a_operand(slope * (dp - delta[:, None]), D, dtype)
+    ds = a_operand(slope * (dp + delta[:, None]), D, dtype)
     dq_token = warpgroup_mma(ds, k_ring.index(b), dq, is_async=True)
     q = q_tile.index(opaque_zero() + CID)
     s_token = warpgroup_mma(q, k_ring.index(b2).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -594,7 +590,7 @@ def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, start_m
 
 
 @gluon.jit
-def q_consumer(CID: gl.constexpr, dq_desc, stats, q_tiles, lse_tile, rings, place, tiles, stats_row,
+def q_consumer(CID: gl.constexpr, stats, q_tiles, lse_tile, rings, start_m, tiles, stats_row,
                lengths, band, maths, scale, MASKS: gl.constexpr, SHAPE: gl.constexpr, BM: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
     """Partitions 1 and 2: dQ of 64 queries each."""
     q_tile, do_tile, q_full = q_tiles
@@ -602,14 +598,14 @@ def q_consumer(CID: gl.constexpr, dq_desc, stats, q_tiles, lse_tile, rings, plac
     BN, D, K_STAGES, V_STAGES = SHAPE
     LEFT, RIGHT, TAIL = MASKS
     lo, full_lo, full_hi, hi = tiles
-    batch, head, head_kv, start_m = place
     n = hi - lo
     L: gl.constexpr = acc_layout(BN)
     dtype: gl.constexpr = q_tile.dtype
     start_mine = start_m + CID * 64
+    edges = edges_of(start_mine, 0, lengths, band)
     dq = gl.zeros([64, D], gl.float32, acc_layout(D))
     zeros = gl.zeros([64, BN], gl.float32, L)
-    # Rows of 64 queries lie in one tile of BM statistics, lse first, delta behind; past the last tile there is none.
+    # Rows of 64 queries lie in one tile of BM statistics, lse first, -delta behind; past the last tile there is none.
     rows = gl.arange(0, 64, gl.SliceLayout(1, L))
     at = stats + stats_row.to(gl.int64) * 2 + start_mine // BM * (2 * BM) + start_mine % BM
     lse_tile.index(CID).store(gl.load(at + rows))
@@ -621,19 +617,18 @@ def q_consumer(CID: gl.constexpr, dq_desc, stats, q_tiles, lse_tile, rings, plac
     mbarrier.wait(q_full.index(1), 0, pred=n > 0)
     if LEFT:
         for t in range(lo, full_lo):
-            s, dq = q_step(CID, True, t - lo, t, n, s, dq, delta, start_mine, q_tiles, lse_tile, rings,
-                           lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+            s, dq = q_step(CID, True, t - lo, t, n, s, dq, delta, q_tiles, lse_tile, rings,
+                           edges, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
     for t in range(full_lo, full_hi):
-        s, dq = q_step(CID, False, t - lo, t, n, s, dq, delta, start_mine, q_tiles, lse_tile, rings,
-                       lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+        s, dq = q_step(CID, False, t - lo, t, n, s, dq, delta, q_tiles, lse_tile, rings,
+                       edges, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
     if RIGHT or TAIL:
         for t in range(full_hi, hi):
-            s, dq = q_step(CID, True, t - lo, t, n, s, dq, delta, start_mine, q_tiles, lse_tile, rings,
-                           lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
-    out = q_tile.index(CID)  # only this consumer reads it
-    out.store((dq * scale).to(dtype))
-    store_rows(dq_desc, (batch, head), start_mine, out)
-    tma_store_wait(0)
+            s, dq = q_step(CID, True, t - lo, t, n, s, dq, delta, q_tiles, lse_tile, rings,
+                           edges, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+    q_tile.index(CID).store((dq * scale).to(dtype))  # only this consumer reads it
+    fence_async_shared()
+    everyone_arrive(FINISHED)
 
 
 @gluon.jit(do_not_specialize=["rows", "heads", "group", "seq_q", "seq_kv", "left", "right", "together"])
@@ -675,9 +670,9 @@ def gluon_gradients_q(
     rings = (k_ring, v_ring, k_full, v_full)
     stats_row = row * gl.cdiv(seq_q, 128) * 128
     gl.warp_specialize([
-        (q_producer, ((q_desc, do_desc, k_desc, v_desc), q_tiles, rings, place, (tiles[0], tiles[3] - tiles[0]), SHAPE)),
-        (q_consumer, (gl.constexpr(0), dq_desc, stats, q_tiles, lse_tile, rings, place, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP)),
-        (q_consumer, (gl.constexpr(1), dq_desc, stats, q_tiles, lse_tile, rings, place, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP)),
+        (q_producer, ((q_desc, do_desc, k_desc, v_desc, dq_desc), q_tiles, rings, place, (tiles[0], tiles[3] - tiles[0]), SHAPE)),
+        (q_consumer, (gl.constexpr(0), stats, q_tiles, lse_tile, rings, tile * 128, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP)),
+        (q_consumer, (gl.constexpr(1), stats, q_tiles, lse_tile, rings, tile * 128, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP)),
     ], [4, 4], [240, 240])  # fmt: skip
 
 
@@ -686,9 +681,9 @@ def gluon_gradients_q(
 
 @gluon.jit
 def wide_producer(descs, kv_descs, rings, kv, place, walk, SHAPE: gl.constexpr):
-    """Partition 0: K and V once, Q and dO and statistics of every step."""
+    """Partition 0: loads K and V once, Q and dO and statistics of every step; stores dK and dV."""
     q_desc, do_desc, stats_desc = descs
-    k_desc, v_desc = kv_descs
+    k_desc, v_desc, dk_desc, dv_desc = kv_descs
     q_ring, do_ring, stats_ring, q_full, do_full, q_free, do_free = rings
     k_tile, v_tile, k_full, v_full = kv
     D, STAGES, P_STAGES = SHAPE
@@ -713,11 +708,15 @@ def wide_producer(descs, kv_descs, rings, kv, place, walk, SHAPE: gl.constexpr):
         mbarrier.wait(do_free.index(b), phase)
         mbarrier.expect(do_full.index(b), do_desc.block_type.nbytes)
         load_rows(do_desc, (batch, head + member), t * 64, do_full.index(b), do_ring.index(b))
+    everyone_sync(FINISHED)
+    store_rows(dv_desc, (batch, head_kv), start_n, k_tile.index(0))
+    store_rows(dk_desc, (batch, head_kv), start_n, v_tile.index(0))
+    tma_store_wait(0)
 
 
 @gluon.jit
-def wide_v_step(MASK: gl.constexpr, i, t, s, dv, total, start_n, rings, kv, hand_over,
-                lengths, band, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
+def wide_v_step(MASK: gl.constexpr, i, s, dv, total, rings, kv, hand_over,
+                edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
     """dv += p^T dO of one query tile; p goes to the other consumer. Returns the scores of the next step, and dv."""
     q_ring, do_ring, stats_ring, q_full, do_full, q_free, do_free = rings
     k_tile, v_tile, k_full, v_full = kv
@@ -728,10 +727,7 @@ def wide_v_step(MASK: gl.constexpr, i, t, s, dv, total, start_n, rings, kv, hand
     b = i % STAGES
     c = i % P_STAGES
     lse = stats_ring.index(b).slice(0, 64, 0).load(gl.SliceLayout(0, L))
-    p, slope = probabilities(s, lse[None, :], maths, SOFTCAP)
-    if MASK:
-        p = hide_keys(p, start_n, t * 64, lengths, band, MASKS)
-        slope = hide_keys(slope, start_n, t * 64, lengths, band, MASKS) if SOFTCAP else p
+    p, slope = probabilities(s, lse, i * 64, edges, maths, True, MASK, MASKS, SOFTCAP)
     mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
     dv_token = warpgroup_mma(a_operand(p, D, dtype), do_ring.index(b), dv, is_async=True)
     mbarrier.wait(p_free.index(c), ((i // P_STAGES) & 1) ^ 1)
@@ -750,36 +746,31 @@ def wide_v_step(MASK: gl.constexpr, i, t, s, dv, total, start_n, rings, kv, hand
 
 
 @gluon.jit
-def wide_v_walk(base, s, dv, total, start_n, tiles, rings, kv, hand_over,
-                lengths, band, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
-    """All query tiles of one head: those on the band's edges with a mask, those inside without."""
-    lo, full_lo, full_hi, hi = tiles
+def wide_v_walk(first, s, dv, total, steps, rings, kv, hand_over,
+                edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
+    """One head, from step `first` on: `steps` end the masked tiles, the ones without a mask, and again masked ones."""
+    full_lo, full_hi, hi = steps
     LEFT, RIGHT, TAIL = MASKS
     if RIGHT or TAIL:
-        for t in range(lo, full_lo):
-            s, dv = wide_v_step(True, base + t, t, s, dv, total, start_n, rings, kv, hand_over,
-                                lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
-    for t in range(full_lo, full_hi):
-        s, dv = wide_v_step(False, base + t, t, s, dv, total, start_n, rings, kv, hand_over,
-                            lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+        for i in range(first, first + full_lo):
+            s, dv = wide_v_step(True, i, s, dv, total, rings, kv, hand_over, edges, maths, MASKS, SHAPE, SOFTCAP)
+    for i in range(first + full_lo, first + full_hi):
+        s, dv = wide_v_step(False, i, s, dv, total, rings, kv, hand_over, edges, maths, MASKS, SHAPE, SOFTCAP)
     if LEFT:
-        for t in range(full_hi, hi):
-            s, dv = wide_v_step(True, base + t, t, s, dv, total, start_n, rings, kv, hand_over,
-                                lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+        for i in range(first + full_hi, first + hi):
+            s, dv = wide_v_step(True, i, s, dv, total, rings, kv, hand_over, edges, maths, MASKS, SHAPE, SOFTCAP)
     return s, dv
 
 
 @gluon.jit
-def wide_v_consumer(dv_desc, rings, kv, hand_over, place, tiles, group,
+def wide_v_consumer(rings, kv, hand_over, start_n, start_m, steps, group,
                     lengths, band, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, SOFTCAP: gl.constexpr, GROUPED: gl.constexpr):  # fmt: skip
     """Partition 1: scores, probabilities, dV."""
     q_ring, do_ring, stats_ring, q_full, do_full, q_free, do_free = rings
     k_tile, v_tile, k_full, v_full = kv
     D, STAGES, P_STAGES = SHAPE
-    batch, head_kv, start_n = place
-    lo, full_lo, full_hi, hi = tiles
-    n = hi - lo
-    total = n * group
+    full_lo, full_hi, n = steps
+    total = n * group if GROUPED else n
     zeros = gl.zeros([64, 64], gl.float32, acc_layout(64))
     dv = gl.zeros([64, D], gl.float32, acc_layout(D))
     mbarrier.wait(k_full.index(0), 0)
@@ -788,25 +779,24 @@ def wide_v_consumer(dv_desc, rings, kv, hand_over, place, tiles, group,
         k_tile.index(0), q_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)])  # fmt: skip
     if GROUPED:
         for member in range(group):
-            s, dv = wide_v_walk(member * n - lo, s, dv, total, start_n, tiles, rings, kv, hand_over,
-                                lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+            first = member * n
+            edges = edges_of(start_m - first * 64, start_n, lengths, band)
+            s, dv = wide_v_walk(first, s, dv, total, steps, rings, kv, hand_over, edges, maths, MASKS, SHAPE, SOFTCAP)
     else:
-        s, dv = wide_v_walk(-lo, s, dv, total, start_n, tiles, rings, kv, hand_over,
-                            lengths, band, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
-    out = k_tile.index(0)  # only this consumer reads K
-    out.store(dv.to(k_tile.dtype))
-    store_rows(dv_desc, (batch, head_kv), start_n, out)
-    tma_store_wait(0)
+        edges = edges_of(start_m, start_n, lengths, band)
+        s, dv = wide_v_walk(0, s, dv, total, steps, rings, kv, hand_over, edges, maths, MASKS, SHAPE, SOFTCAP)
+    k_tile.index(0).store(dv.to(k_tile.dtype))  # only this consumer reads K
+    fence_async_shared()
+    everyone_arrive(FINISHED)
 
 
 @gluon.jit
-def wide_k_consumer(dk_desc, rings, kv, hand_over, place, total, scale, SHAPE: gl.constexpr):
+def wide_k_consumer(rings, kv, hand_over, total, scale, SHAPE: gl.constexpr):
     """Partition 2: the gradients of the probabilities, dK. Masks are in the p that it gets."""
     q_ring, do_ring, stats_ring, q_full, do_full, q_free, do_free = rings
     k_tile, v_tile, k_full, v_full = kv
     p_ring, p_full, p_free = hand_over
     D, STAGES, P_STAGES = SHAPE
-    batch, head_kv, start_n = place
     dtype: gl.constexpr = q_ring.dtype
     L: gl.constexpr = acc_layout(64)
     zeros = gl.zeros([64, 64], gl.float32, L)
@@ -824,7 +814,7 @@ def wide_k_consumer(dk_desc, rings, kv, hand_over, place, total, scale, SHAPE: g
         mbarrier.wait(p_full.index(c), (i // P_STAGES) & 1)
         p = from_lanes(p_ring.index(c).load(lanes_layout(64)), 64)
         mbarrier.arrive(p_free.index(c))
-        ds = a_operand(p * (dp - delta[None, :]), D, dtype)
+        ds = a_operand(p * (dp + delta[None, :]), D, dtype)
         dk_token = warpgroup_mma(ds, q_ring.index(b), dk, is_async=True)
         b2 = (i + 1) % STAGES
         mbarrier.wait(do_full.index(b2), ((i + 1) // STAGES) & 1, pred=i + 1 < total)
@@ -834,10 +824,9 @@ def wide_k_consumer(dk_desc, rings, kv, hand_over, place, total, scale, SHAPE: g
         mbarrier.arrive(q_free.index(b))
         dp = warpgroup_mma_wait(0, deps=[dp_token])
         mbarrier.arrive(do_free.index(b2), pred=i + 1 < total)
-    out = v_tile.index(0)  # only this consumer reads V
-    out.store((dk * scale).to(dtype))
-    store_rows(dk_desc, (batch, head_kv), start_n, out)
-    tma_store_wait(0)
+    v_tile.index(0).store((dk * scale).to(dtype))  # only this consumer reads V
+    fence_async_shared()
+    everyone_arrive(FINISHED)
 
 
 @gluon.jit(do_not_specialize=["rows", "heads_kv", "group", "seq_q", "seq_kv", "left", "right", "together"])
@@ -882,16 +871,16 @@ def gluon_gradients_kv(
     band = (left, right)
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
     SHAPE: gl.constexpr = (D, STAGES, P_STAGES)
-    tiles = query_range(tile * 64, seq_q, seq_kv, band, 64, 64, MASKS)
-    n = tiles[3] - tiles[0]
-    walk = (tiles[0], n, gl.cdiv(seq_q, 128) * 2, group, heads_kv * group)  # statistics: multiples of 128 queries
+    lo, full_lo, full_hi, hi = query_range(tile * 64, seq_q, seq_kv, band, 64, 64, MASKS)
+    n = hi - lo
+    walk = (lo, n, gl.cdiv(seq_q, 128) * 2, group, heads_kv * group)  # statistics: multiples of 128 queries
     rings = (q_ring, do_ring, stats_ring, q_full, do_full, q_free, do_free)
     kv = (k_tile, v_tile, k_full, v_full)
     hand_over = (p_ring, p_full, p_free)
     gl.warp_specialize([
-        (wide_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc), rings, kv, place, walk, SHAPE)),
-        (wide_v_consumer, (dv_desc, rings, kv, hand_over, place, tiles, group, (seq_q, seq_kv), band, (factor, cap), MASKS, SHAPE, SOFTCAP, GROUPED)),
-        (wide_k_consumer, (dk_desc, rings, kv, hand_over, place, n * group, scale, SHAPE)),
+        (wide_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), rings, kv, place, walk, SHAPE)),
+        (wide_v_consumer, (rings, kv, hand_over, tile * 64, lo * 64, (full_lo - lo, full_hi - lo, n), group, (seq_q, seq_kv), band, (factor, cap), MASKS, SHAPE, SOFTCAP, GROUPED)),
+        (wide_k_consumer, (rings, kv, hand_over, n * group if GROUPED else n, scale, SHAPE)),
     ], [4, 4], [240, 240])  # fmt: skip
 
 
@@ -904,7 +893,7 @@ def gluon_row_statistics(
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, heads, seq_q, rows_padded, head_dim,
     EVEN: tl.constexpr, ZERO: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Per tile of BM queries: lse in the log2 domain, then delta = rowsum(o dO). Zeroes these rows of dQ's accumulator.
+    """Per tile of BM queries: lse in the log2 domain, then -delta = -rowsum(o dO). Zeroes these rows of dQ's accumulator.
 
     lse is +inf where there is no row and where a row saw no key: exp2(s - lse) is 0 there, without a mask.
     """
@@ -930,7 +919,7 @@ def gluon_row_statistics(
     lse_row = tl.where(lse_row == -float("inf"), float("inf"), lse_row * 1.4426950408889634)
     out = stats + head_row.to(tl.int64) * rows_padded * 2 + rows // BM * (2 * BM) + rows % BM
     tl.store(out, lse_row)
-    tl.store(out + BM, dots)
+    tl.store(out + BM, -dots)
     if ZERO:
         tl.store(acc + pid.to(tl.int64) * (ROWS * D) + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
 

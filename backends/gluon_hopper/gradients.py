@@ -25,7 +25,8 @@ class Config:
     """How the gradients are computed. Fused: five products, dQ added up by atomics; else two kernels and seven products.
 
     block_m, stages: queries a tile, and tiles in flight, of the kernel that owns keys. pipelined: the next tile's
-    scores begin behind this tile's dQ. split: pieces of the softmax. early: dP is issued wholly before the softmax.
+    scores begin behind this tile's dQ. early: dP is issued wholly before the softmax. delta_first: dP's accumulator
+    begins with -delta.
     block_n, k_stages, v_stages: keys a tile, and tiles in flight, of the kernel that owns queries. together: how many
     heads' tiles take turns in the grid.
     """
@@ -34,8 +35,8 @@ class Config:
     block_m: int
     stages: int = 2
     pipelined: bool = True
-    split: int = 1
     early: bool = False
+    delta_first: bool = True
     block_n: int = 64
     k_stages: int = 2
     v_stages: int = 2
@@ -43,22 +44,23 @@ class Config:
 
     def __str__(self) -> str:
         if self.fused:
-            how = f"{self.block_m}x128 s{self.stages} split {self.split}{' pipelined' * self.pipelined}"
+            how = f"{self.block_m}x128 s{self.stages}{' pipelined' * self.pipelined}{' early' * self.early}{' delta first' * self.delta_first}"
             return f"fused, {how}, dQ by float32 atomics: not deterministic"
         return f"two kernels, tiles of {self.block_m} queries and {self.block_n} keys: deterministic"
 
 
-def choose(block_d: int, masked: bool, deterministic: bool) -> Config:
-    """The configuration for a head_dim padded to block_d; masked: the band hides keys on the right."""
+def choose(block_d: int, softcap: bool, deterministic: bool) -> Config:
+    """The configuration for a head_dim padded to block_d. A softcap's slope takes registers: its tiles are smaller."""
     if block_d == 256:  # dK, dV and dQ of one tile do not fit together: the deterministic way is the fast one
-        return Config(fused=False, block_m=64, v_stages=1)
+        return Config(fused=False, block_m=64, block_n=32 if softcap else 64, v_stages=1)
     if block_d == 128:
         if deterministic:
             return Config(fused=False, block_m=64, stages=3, early=True)
         return Config(fused=True, block_m=64)
+    block_m = 64 if softcap else 128
     if deterministic:
-        return Config(fused=False, block_m=128, early=True, block_n=128)
-    return Config(fused=True, block_m=128, pipelined=masked, split=2)
+        return Config(fused=False, block_m=block_m, early=True, block_n=block_m)
+    return Config(fused=True, block_m=block_m)
 
 
 def differentiate(
@@ -114,7 +116,7 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     left, right = spec.band
     LEFT = left is not None and left < seq_kv - 1  # else it hides nothing
     RIGHT = right is not None and right < seq_q - 1
-    how = config or choose(d, RIGHT, deterministic)
+    how = config or choose(d, spec.softcap != 0, deterministic)
     factor, cap = spec.scale * LOG2E, 0.0
     if spec.softcap:
         factor, cap = 2 * spec.scale * LOG2E / spec.softcap, spec.softcap * LOG2E
@@ -148,7 +150,7 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
             backward.gluon_gradients_fused, batch * heads_kv * -(-seq_kv // 128),
             (tile(m), tile(128), tile(128), tile(m), tile(64), tile(64), line, staged),
             (batch * heads_kv, heads_kv, *sizes),
-            dict(tail, BM=m, BN=128, DQ=how.fused, PIPELINED=how.pipelined, SPLIT=how.split, EARLY=how.early),
+            dict(tail, BM=m, BN=128, DQ=how.fused, PIPELINED=how.pipelined, EARLY=how.early, DELTA_FIRST=how.delta_first),
         )  # fmt: skip
     if how.fused:
         gradients_q = Launch(
@@ -169,16 +171,13 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
 
 def described(problem: Problem, deterministic: bool = False) -> list[str]:
     """How the gradients of `problem` are computed, for `explain`."""
-    spec = spec_of(problem.replace(alibi=False))
-    _, right = spec.band
-    masked = right is not None and right < problem.seq_q - 1
-    return [f"bwd: {choose(padded_head_dim(problem.head_dim), masked, deterministic)}"]
+    return [f"bwd: {choose(padded_head_dim(problem.head_dim), problem.softcap != 0, deterministic)}"]
 
 
 def scratch_bytes(problem: Problem, deterministic: bool = False) -> int:
     """Device memory a backward takes beyond inputs and outputs: row statistics and, if fused, dQ's accumulator."""
     rows, d = problem.batch * problem.heads_q * -(-problem.seq_q // TILE) * TILE, padded_head_dim(problem.head_dim)
-    return 4 * rows * (2 + (d if choose(d, False, deterministic).fused else 0))
+    return 4 * rows * (2 + (d if choose(d, problem.softcap != 0, deterministic).fused else 0))
 
 
 def planned(problem: Problem, deterministic: bool, config: Config | None = None) -> dict[str, tuple[Launch, tuple]]:
