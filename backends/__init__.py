@@ -27,6 +27,7 @@ BUILTIN = {
     "fa2": "flash2.backends.peers.flash_attention:FA2",
     "fa3": "flash2.backends.peers.flash_attention:FA3",
     "fa4": "flash2.backends.peers.flash_attention:FA4",
+    "auto": "flash2.core.auto:Auto",  # the fastest of the others that can
 }
 # Names of kernels that are on their way: nobody else may take them, and asking for one says so.
 RESERVED = ("gluon", "cupy")

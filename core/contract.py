@@ -27,7 +27,8 @@ class Spec:
     scale: the factor on q.k, always a number here. window: (left, right) keys visible beside
     the bottom-right diagonal, None for open. softcap: s -> softcap*tanh(s/softcap), 0 for none.
     alibi_slopes: float32 (heads_q,) or (batch, heads_q), the bias being -slope*|i + seq_kv - seq_q - j|.
-    precision: the class of maths (problem.PRECISIONS).
+    precision: the class of maths (problem.PRECISIONS). lse: the caller takes the second output too; a backend that
+    always has it need not look.
     """
 
     scale: float
@@ -36,6 +37,7 @@ class Spec:
     window: Window | None = None
     softcap: float = 0.0
     alibi_slopes: torch.Tensor | None = None
+    lse: bool = False
 
     @property
     def band(self) -> Window:

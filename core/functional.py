@@ -71,7 +71,7 @@ def _admit(backend, q, k, v, alibi_slopes, causal, scale, window, softcap, preci
     if needs_grad:
         problem = problem.replace(pass_="fwd+bwd")
     refuse_unsupported(backend, problem, q.device, lse=lse)
-    return spec
+    return dataclasses.replace(spec, lse=True) if lse else spec
 
 
 # What a settled backend admitted: every check of _admit reads no more of a call than its key holds. The entry
