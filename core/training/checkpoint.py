@@ -49,7 +49,7 @@ def load(path: Path, model: dict[str, Any]) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} is no checkpoint: {(str(error) or 'cut short').splitlines()[0]}") from error
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
         raise CheckpointError(f"{path} is no checkpoint of this version")
     if state["shape"] != model:

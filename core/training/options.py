@@ -12,6 +12,7 @@ from flash2.core.plan import size
 from flash2.core.problem import PRECISIONS
 
 SCHEDULES = ("linear", "cosine", "constant")
+OPTIMIZERS = ("adamw", "muon")
 CLASSES = ("bf16", *PRECISIONS["fp32"])
 # Named sizes: what --size sets, and any option given beside it overrides.
 SIZES: dict[str, dict[str, Any]] = {
@@ -44,10 +45,11 @@ class Options:
     context: int = _option(256, "bytes that a prediction may look back on", "N")
     batch: int = _option(8, "sequences a step", "N")
     steps: int = _option(200, "optimiser steps", "N")
-    lr: float = _option(4e-3, "highest learning rate of AdamW", "X")
+    optimizer: str = _option("adamw", "adamw, or muon for the matrices of the blocks and adamw for the rest", "NAME")
+    lr: float = _option(4e-3, "highest learning rate, in AdamW's units", "X")
     schedule: str = _option("linear", f"after the warm-up: {', '.join(SCHEDULES)}; the first two end at 0", "NAME")
     warmup: int = _option(20, "steps over which the learning rate rises", "N")
-    weight_decay: float = _option(0.1, "of AdamW, on matrices", "X")
+    weight_decay: float = _option(0.1, "of the matrices of the blocks", "X")
     clip: float = _option(1.0, "largest norm of the gradient", "X")
     dropout: float = _option(0.0, "on the output of each block's two halves", "X")
     precision: str = _option("ieee", f"bf16 (autocast), or a class of float32: {', '.join(CLASSES[1:])}", "C")
@@ -81,6 +83,8 @@ class Options:
             raise ValueError(f"window must be 0 or more, not {self.window}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
         if self.precision not in CLASSES:
             raise ValueError(f"unknown precision {self.precision!r}; known: {', '.join(CLASSES)}")
 
@@ -98,8 +102,8 @@ class Options:
         return self.lr * {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[self.schedule]
 
     def model(self) -> dict[str, Any]:
-        """What a checkpoint's weights depend on."""
-        return {name: getattr(self, name) for name in ("layers", "width", "heads", "kv_heads")}
+        """What the shapes in a checkpoint depend on."""
+        return {name: getattr(self, name) for name in ("layers", "width", "heads", "kv_heads", "optimizer")}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

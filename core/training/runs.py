@@ -245,7 +245,8 @@ def picture(runs: Sequence[Run], path: Path) -> None:
         gaps.legend(fontsize=8)
     else:
         gaps.text(0.5, 0.5, "no other run beside sdpa's", ha="center", va="center", transform=gaps.transAxes)
-    curves.legend(fontsize=8)
+    if drawn:
+        curves.legend(fontsize=8)
     for axes in (curves, gaps):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -107,6 +107,7 @@ class Training:
             total=asked.steps, unit="step", file=sys.stderr, disable=None, dynamic_ncols=True, desc=base.label, leave=False
         )  # fmt: skip
         shown: dict[str, str] = {}
+        refused = None
         began = time.perf_counter()
         try:
             for event in worker.events(request, self.silent):
@@ -123,7 +124,7 @@ class Training:
                 elif kind == "share":
                     shown["attention"] = f"{100 * event['share']:.0f}%"
                 elif kind == "refused":
-                    raise ValueError(event["reason"])
+                    refused = event["reason"]
                 elif kind == "validation":
                     validation.append((event["step"], event["loss"]))
                     shown["validation"] = f"{event['loss']:.3f}"
@@ -135,6 +136,8 @@ class Training:
             end = {"status": gone.status, "reason": f"{gone} (after {len(losses)} steps)"}
         finally:
             bar.close()
+        if refused is not None:
+            raise ValueError(refused)
         if end.get("step_ms") is not None:
             end["step_ms"] = Quantiles(**end["step_ms"])
         return Run(

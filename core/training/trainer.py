@@ -94,12 +94,7 @@ class Trainer:
         self.loss: Callable[[torch.Tensor], torch.Tensor] = (
             torch.compile(self.model.loss) if options.compile else self.model.loss
         )
-        matrices = [weight for block in self.model.blocks for weight in block.parameters() if weight.dim() == 2]
-        others = [w for w in self.model.parameters() if all(w is not matrix for matrix in matrices)]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=options.lr, betas=BETAS, fused=device.type == "cuda",
-        )  # fmt: skip
+        self.optimizers = self._optimizers()
         text = corpus.standard_library()
         if min(len(text.train), len(text.validation)) <= options.context:
             raise ValueError(f"context {options.context} is longer than the text ({len(text.validation)} bytes)")
@@ -119,11 +114,26 @@ class Trainer:
         """How many numbers are trained."""
         return sum(weight.numel() for weight in self.model.parameters())
 
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        options = self.options
+        matrices = [weight for block in self.model.blocks for weight in block.parameters() if weight.dim() == 2]
+        inside = {id(weight) for weight in matrices}
+        others = [weight for weight in self.model.parameters() if id(weight) not in inside]
+        decayed = {"params": matrices, "weight_decay": options.weight_decay}
+        found: list[torch.optim.Optimizer] = []
+        if options.optimizer == "muon":  # its update made as long as AdamW's, so that one learning rate serves both
+            found.append(torch.optim.Muon([decayed], lr=options.lr, adjust_lr_fn="match_rms_adamw"))
+        rest = [{"params": others, "weight_decay": 0.0}]
+        groups = rest if found else [decayed, *rest]
+        found.append(torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, fused=self.device.type == "cuda"))
+        return found
+
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint. Raises CheckpointError for one of another model."""
         state = checkpoint.load(path, self.options.model())
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step, self.losses = state["step"], state["losses"]
         self.validation = [(step, loss) for step, loss in state["validation"]]
         self.saved = (path, self.step)
@@ -132,7 +142,7 @@ class Trainer:
         """A checkpoint of the steps done so far."""
         state = {
             "shape": self.options.model(), "backend": self.backend.name, "options": self.options.to_dict(),
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "model": self.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step, "losses": self.losses, "validation": self.validation,
         }  # fmt: skip
         checkpoint.save(path, state)
@@ -175,17 +185,18 @@ class Trainer:
         return self._figures(first) | {"sample": self.sample()}
 
     def train_step(self, step: int) -> torch.Tensor:
-        """One step of AdamW on the batch of `step`; the loss, still on the device."""
+        """One step on the batch of `step`; the loss, still on the device."""
         options = self.options
         windows = corpus.batch(self.text, options.batch, options.context + 1, options.seed, step)
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = options.learning_rate(step)
         with self._maths():
             loss = self.loss(windows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
         return loss.detach()
 
     @torch.no_grad()

@@ -131,7 +131,7 @@ def test_a_backend_by_name_by_object_or_the_devices_own():
         ((32, 5), {}, "d_model 32 is not a multiple of heads 5"),
         ((32, 4), {"kv_heads": 3}, "heads 4 is not a multiple of kv_heads 3"),
         ((12, 4), {"rotary": 1e4}, "head_dim 3 is odd"),
-        ((32, 4), {"backend": "tritn"}, "unknown backend 'tritn'; known: naive"),
+        ((32, 4), {"backend": "tritn"}, "unknown backend 'tritn'; known: "),
         ((32, 4), {"window": 5}, "window must be"),
     ],
 )
