@@ -110,7 +110,11 @@ class ResultFile:
 
     def append(self, result: Result) -> None:
         """Write one line and wait until it is on disk."""
-        self._write(json.dumps(result.to_record(), allow_nan=False).encode() + b"\n")
+        self.append_record(result.to_record())
+
+    def append_record(self, record: dict[str, Any]) -> None:
+        """append() of any JSON object."""
+        self._write(json.dumps(record, allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
         """Close the file; every line is already on disk."""

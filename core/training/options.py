@@ -19,11 +19,11 @@ SIZES: dict[str, dict[str, Any]] = {
     # A CPU of two cores trains it in a minute.
     "tiny": {"layers": 4, "width": 128, "heads": 4, "context": 256, "batch": 8, "steps": 200, "lr": 4e-3,
              "precision": "ieee", "validation_tokens": 1 << 15},
-    "small": {"layers": 6, "width": 384, "heads": 6, "context": 1024, "batch": 16, "steps": 1000, "lr": 2e-3,
-              "precision": "bf16", "validation_tokens": 1 << 17},
+    "small": {"layers": 6, "width": 384, "heads": 6, "context": 1024, "batch": 16, "steps": 1000, "lr": 4e-3,
+              "optimizer": "muon", "precision": "bf16", "validation_tokens": 1 << 17},
     # 99 million parameters; 64 k tokens a step.
-    "100m": {"layers": 14, "width": 768, "heads": 6, "context": 4096, "batch": 16, "steps": 300, "lr": 2e-3,
-             "precision": "bf16", "validation_tokens": 1 << 18},
+    "100m": {"layers": 14, "width": 768, "heads": 6, "context": 4096, "batch": 16, "steps": 300, "lr": 4e-3,
+             "optimizer": "muon", "precision": "bf16", "validation_tokens": 1 << 18},
 }  # fmt: skip
 DEVICE_SIZES = {"cpu": "tiny", "cuda": "100m"}
 

@@ -72,7 +72,7 @@ class Training:
                 worker = worker or Worker(HANDLER)
                 found.append(self._one(worker, base, asked, device, log))
                 if file:
-                    file.append(found[-1])
+                    file.append_record(found[-1].to_record())
                 worker.close()
                 worker = None
         except WorkerGone as gone:
@@ -131,7 +131,7 @@ class Training:
                 elif kind == "end":
                     end = {name: value for name, value in event.items() if name != "event"}
                 if log and kind in ("step", "validation", "share"):
-                    log.append(_Line({"backend": base.backend, "seed": base.seed, **event}))
+                    log.append_record({"backend": base.backend, "seed": base.seed, **event})
         except WorkerGone as gone:
             end = {"status": gone.status, "reason": f"{gone} (after {len(losses)} steps)"}
         finally:
@@ -177,14 +177,6 @@ def from_arguments(parsed: argparse.Namespace, backends: Sequence[str], seeds: S
         seeds=seeds or (given.get("seed", 0),), out=parsed.out, resume=parsed.resume,
         checkpoints=parsed.checkpoints, save_every=parsed.save_every, log=parsed.log, silent=parsed.timeout,
     )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    record: dict[str, Any]
-
-    def to_record(self) -> dict[str, Any]:
-        return self.record
 
 
 def _file_name(run: Run) -> str:

@@ -42,6 +42,8 @@ FAILED = {
     "step_ms": None,
     "losses": (),
     "parameters": None,
+    "attention_share": None,
+    "peak_bytes": None,
     "validation": (),
     "sample": "",
 }
