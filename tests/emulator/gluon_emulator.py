@@ -319,6 +319,7 @@ class Language:
     convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
     set_auto_layout = staticmethod(lambda x, layout: x)
     exp2, log2, exp, log, abs, sqrt = map(staticmethod, (torch.exp2, torch.log2, torch.exp, torch.log, abs, torch.sqrt))
+    broadcast = staticmethod(lambda x, y: torch.broadcast_tensors(x, y))
     expand_dims = staticmethod(lambda x, axis: x.unsqueeze(axis))
     reshape = staticmethod(lambda x, shape: x.reshape(shape))
     permute = staticmethod(lambda x, order: x.permute(order))
