@@ -175,6 +175,13 @@ def edges_of(start_m, start_n, lengths, band):
 
 
 @gluon.jit
+def edges_before(edges, rows):
+    """The edges counted from `rows` queries earlier."""
+    right, left, end = edges
+    return right - rows, left - rows, end
+
+
+@gluon.jit
 def visible(i, j, edges, MASKS: gl.constexpr):
     """Does query i see key j, counted as edges_of() counts them?"""
     right, left, end = edges
@@ -427,7 +434,6 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, start_n, star
     DQ, PIPELINED, EARLY, DELTA_FIRST, SOFTCAP = HOW
     full_lo, full_hi, n = steps
     total = n * group if GROUPED else n
-    start_mine = start_n + CID * 64
     dtype: gl.constexpr = k_tile.dtype
     dk = gl.zeros([64, D], gl.float32, acc_layout(D))
     dv = gl.zeros([64, D], gl.float32, acc_layout(D))
@@ -436,14 +442,13 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, start_n, star
     if PIPELINED:
         s = warpgroup_mma_wait(0, deps=[issue_scores(CID, 0, total, rings, k_tile, SHAPE)])
     mbarrier.wait(v_full.index(0), 0)
+    edges = edges_of(start_m, start_n + CID * 64, lengths, band)
     if GROUPED:
         for member in range(group):
             first = member * n
-            edges = edges_of(start_m - first * BM, start_mine, lengths, band)
             s, dk, dv = fused_walk(CID, first, s, dk, dv, total, steps, rings, kv, ds_tile, staging,
-                                   edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
+                                   edges_before(edges, first * BM), maths, MASKS, SHAPE, HOW)  # fmt: skip
     else:
-        edges = edges_of(start_m, start_mine, lengths, band)
         s, dk, dv = fused_walk(CID, 0, s, dk, dv, total, steps, rings, kv, ds_tile, staging,
                                edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     consumers_sync(DS_READY)  # both are done with K and V: they become the staging area of dK and dV
@@ -777,13 +782,13 @@ def wide_v_consumer(rings, kv, hand_over, start_n, start_m, steps, group,
     mbarrier.wait(q_full.index(0), 0, pred=total > 0)
     s = warpgroup_mma_wait(0, deps=[warpgroup_mma(
         k_tile.index(0), q_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)])  # fmt: skip
+    edges = edges_of(start_m, start_n, lengths, band)
     if GROUPED:
         for member in range(group):
             first = member * n
-            edges = edges_of(start_m - first * 64, start_n, lengths, band)
-            s, dv = wide_v_walk(first, s, dv, total, steps, rings, kv, hand_over, edges, maths, MASKS, SHAPE, SOFTCAP)
+            s, dv = wide_v_walk(first, s, dv, total, steps, rings, kv, hand_over,
+                                edges_before(edges, first * 64), maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
     else:
-        edges = edges_of(start_m, start_n, lengths, band)
         s, dv = wide_v_walk(0, s, dv, total, steps, rings, kv, hand_over, edges, maths, MASKS, SHAPE, SOFTCAP)
     k_tile.index(0).store(dv.to(k_tile.dtype))  # only this consumer reads K
     fence_async_shared()

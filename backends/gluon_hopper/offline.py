@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel, compile, make_backend
+from triton.compiler import ASTSource, CompiledKernel, compile, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
@@ -42,4 +42,5 @@ def build(planned_launch: launch.Launch, tensors: tuple) -> CompiledKernel:
         *arguments, **options
     )
     options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
-    return compile(GluonASTSource(kernel, signature, constants, attributes), TARGET, options.__dict__)
+    source = GluonASTSource if kernel.is_gluon() else ASTSource  # what comes before and after is plain Triton
+    return compile(source(kernel, signature, constants, attributes), TARGET, options.__dict__)
