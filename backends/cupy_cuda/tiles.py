@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flash2.backends.cupy_cuda.launch import Maths
 
+# Bytes of shared memory one block may use (CUDA C programming guide, table of compute capabilities).
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448}
+
+
+def shared_limit(arch: int) -> int:
+    """SHARED_LIMIT of compute capability `arch` (90 for 9.0); what every device since 8.0 has, for one not known."""
+    return SHARED_LIMIT.get(arch, 101_376)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
