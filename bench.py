@@ -239,8 +239,9 @@ def train(words: list[str]) -> int:
         seeds = [plan.integer(text) for text in plan.words(asked.seeds)] if asked.seeds else []
         found = session.from_arguments(asked, names, seeds).run()
         print(runs.table(found, asked.format))
-        if asked.plot:
-            runs.picture(found, asked.plot)
+        if asked.plot:  # with what --out holds of the same work from before
+            kept = [run for run in runs.read_runs(asked.out) if runs.same_work(run, found[0])] if asked.out else found
+            runs.picture(kept, asked.plot)
     return 0 if any(run.status == "ok" for run in found) else 1
 
 

@@ -61,8 +61,10 @@ def batch(text: torch.Tensor, count: int, length: int, seed: int, step: int) -> 
 
 def windows(text: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
     """(len(starts), length) int64 on text's device."""
-    places = starts[:, None] + torch.arange(length)
-    return text[places.to(text.device, non_blocking=True)].long()
+    if text.is_cuda:  # a copy from memory that is not pinned would wait for all that the device still has to do
+        starts = starts.pin_memory()
+    places = starts.to(text.device, non_blocking=True)[:, None] + torch.arange(length, device=text.device)
+    return text[places].long()
 
 
 def validation_windows(text: torch.Tensor, tokens: int, context: int) -> torch.Tensor:

@@ -87,6 +87,12 @@ def test_the_table_says_what_was_asked_for():
     assert '"sdpa, seed 1",ok' in runs.table(THREE, "csv") and len(json.loads(runs.table(THREE, "json"))) == 4
 
 
+def test_runs_of_other_work_are_not_compared():
+    longer = dataclasses.replace(run("triton"), options=THREE[0].options | {"steps": 9})
+    assert runs.baseline_of(THREE[1], THREE) is THREE[0] and runs.baseline_of(longer, THREE) is None
+    assert "+0.00 %" not in runs.table([THREE[0], longer])
+
+
 def test_pages_and_documents_are_made_from_the_file(tmp_path):
     path = write(tmp_path / "gpt.jsonl", THREE)
     text = page(path)

@@ -111,6 +111,26 @@ def test_weights_and_batches_depend_on_the_seed_alone():
     assert torch.equal(a, b) and not torch.equal(a, c) and not torch.equal(a, d)
 
 
+@pytest.mark.parametrize("backend", ["triton", "sdpa-cudnn", "naive"])
+def test_on_a_gpu_in_bf16(backend, pytestconfig):
+    """With --device cuda: the loop's events, streams and pinned copies; curves within bf16's rounding."""
+    device = torch.device(pytestconfig.getoption("--device"))
+    if device.type != "cuda":
+        pytest.skip("needs --device cuda")
+    if (reason := get_backend(backend).unavailable()) is not None:
+        pytest.skip(reason)
+    options = Options(**(TINY | {"precision": "bf16", "context": 256, "width": 128, "sample": 16, "steps": 40}))
+    events = []
+    ours = Trainer(options, get_backend(backend), device, events.append)
+    figures = ours.run()
+    theirs = Trainer(options, get_backend("sdpa"), device, events.append)
+    theirs.run()
+    gap, step = largest_gap(as_run(ours), as_run(theirs))
+    assert gap < 0.03, f"at step {step}"
+    assert 0 < figures["attention_share"] < 1 and figures["step_ms"]["p20"] > 0 and figures["peak_bytes"] > 1 << 20
+    assert figures["sample"] and ours.losses[-1] < 3.6
+
+
 # ---- what the model is told and writes
 
 

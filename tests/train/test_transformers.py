@@ -69,6 +69,21 @@ def test_a_model_is_the_same_as_with_sdpa_and_eager(name, backend):
             torch.testing.assert_close(gradients[weight], gradient, rtol=1e-4, atol=2e-5, msg=weight)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_gpu_in_bf16(name, pytestconfig):
+    """With --device cuda: the Triton kernels inside a model, no farther from fp32 than torch's own."""
+    device = pytestconfig.getoption("--device")
+    if not device.startswith("cuda"):
+        pytest.skip("needs --device cuda")
+    ids, errors = tokens().to(device), {}
+    with torch.no_grad():
+        want = build(name, "eager").to(device)(ids).logits
+        for implementation in ("flash2-triton", "sdpa"):
+            got = build(name, implementation).to(device, torch.bfloat16)(ids).logits
+            errors[implementation] = (got.float() - want).square().mean().sqrt().item()
+    assert errors["flash2-triton"] < 1.5 * errors["sdpa"]
+
+
 def test_the_window_is_in_force():
     """A model that saw further back would differ: the comparison above can fail."""
     model = build("mistral", "flash2-numba")
