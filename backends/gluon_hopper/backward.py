@@ -21,6 +21,7 @@ from flash2.backends.gluon_hopper.compat import (
     gl,
     gluon,
     mbarrier,
+    reinterpret,
     tma_load,
     tma_reduce_add,
     tma_store,
@@ -105,14 +106,14 @@ def a_operand(x, n: gl.constexpr, dtype: gl.constexpr):
 def load_rows(desc, where, row, full, tile):
     """Rows row.. of one head into `tile` [rows, head_dim]; barrier `full` must expect them."""
     batch, head = where
-    tma_load(desc, [batch, head, row, 0], full, tile._reinterpret(desc.dtype, desc.block_type.shape, desc.layout))
+    tma_load(desc, [batch, head, row, 0], full, reinterpret(tile, desc.dtype, desc.block_type.shape, desc.layout))
 
 
 @gluon.jit
 def store_rows(desc, where, row, tile):
     """`tile` [rows, head_dim] to rows row.. of one head, those that exist; fenced by whoever wrote it."""
     batch, head = where
-    tma_store(desc, [batch, head, row, 0], tile._reinterpret(desc.dtype, desc.block_type.shape, desc.layout))
+    tma_store(desc, [batch, head, row, 0], reinterpret(tile, desc.dtype, desc.block_type.shape, desc.layout))
 
 
 # ---- masks and logits
@@ -244,7 +245,7 @@ def probabilities(s, lse, start, edges, maths, KEYS_OWNED: gl.constexpr,
 @gluon.jit
 def half(tile, n):
     """The n-th half of a tile [1, 128, head_dim]'s memory as one [64, head_dim]."""
-    return tile._reinterpret(tile.dtype, [2, 64, tile.shape[2]], tile.layout).index(n)
+    return reinterpret(tile, tile.dtype, [2, 64, tile.shape[2]], tile.layout).index(n)
 
 
 # ---- fused: a program owns 128 keys and walks over the query tiles of all heads that share them

@@ -1,10 +1,15 @@
 """Gluon as Triton 3.6 to 3.9 spell it: the one file that knows their differences. Kernels take their names from here.
 
 Names that changed: gl.thread_barrier became gl.barrier (3.7), tma.async_copy_* became tma.async_load and async_store
-(3.8), and the reducing store got a name at last (tma.async_atomic_add, 3.8; before, only the compiler had it).
+(3.8), the reducing store got a name at last (tma.async_atomic_add, 3.8; before, only the compiler had it), and shared
+memory's _reinterpret became reinterpret (3.9). Meaning that changed: names that a tuple of constants is unpacked into
+are constants themselves from 3.9 on only if they are annotated before.
 """
 
-from triton.experimental import gluon
+import re
+import types
+
+from triton.experimental import gluon as _gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,6 +29,7 @@ __all__ = [
     "gluon",
     "group_barrier",
     "mbarrier",
+    "reinterpret",
     "tma_load",
     "tma_reduce_add",
     "tma_store",
@@ -36,6 +42,28 @@ __all__ = [
 # one for each of up to three worker partitions.
 FIRST_BARRIER = gl.constexpr(5)
 
+_UNPACKED = re.compile(r"^( +)((?:\w+, )+\w+) = ([A-Z]+)(?=\s*(?:#.*)?$)", re.MULTILINE)
+
+
+def _jit(function=None, **options):
+    """gluon.jit, under which `A, B = UPPER_CASE` unpacks a tuple of constants into constants in every version."""
+    if function is None:
+        return lambda function: _jit(function, **options)
+    kernel = _gluon.jit(function, **options)
+
+    def annotated(match):
+        indent, names, values = match.groups()
+        return f"{indent}{''.join(f'{name}: gl.constexpr; ' for name in names.split(', '))}{names} = {values}"
+
+    kernel._unsafe_update_src(_UNPACKED.sub(annotated, kernel.src))
+    return kernel
+
+
+_names_stay_constants = not hasattr(gl.shared_memory_descriptor, "reinterpret")  # before 3.9
+gluon = (
+    _gluon if _names_stay_constants else types.SimpleNamespace(jit=_jit, constexpr_function=_gluon.constexpr_function)
+)
+
 # All threads of the calling partition.
 group_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
@@ -43,6 +71,14 @@ group_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
+
+
+@builtin
+def reinterpret(tile, dtype, shape, layout, _semantic=None):
+    """The bytes of `tile` as another dtype, shape and layout."""
+    method = getattr(tile, "reinterpret", None) or tile._reinterpret
+    return method(dtype, shape, layout, _semantic=_semantic)
+
 
 if hasattr(tma, "async_atomic_add"):
     tma_reduce_add = tma.async_atomic_add

@@ -276,6 +276,7 @@ class Language:
         self.async_copy_global_to_shared = self.async_load = m.load
         self.async_copy_shared_to_global = self.async_store = m.store
         self.store_wait = m.store_wait
+        self.reinterpret = lambda tile, dtype, shape, layout: tile.reshape(shape)
         self.tma_reduce_add = self.async_atomic_add = lambda d, coord, source: m.store(d, coord, source, add=True)
 
     def __getattr__(self, name: str) -> Any:

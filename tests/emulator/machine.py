@@ -123,10 +123,6 @@ class Shared:
         """The same bytes in another shape."""
         return self._view(self.values.view(tuple(shape)))
 
-    def _reinterpret(self, dtype, shape, layout):
-        """The same bytes in another shape."""
-        return self.reshape(shape)
-
     def load(self, layout=None):
         """Into registers."""
         self.machine.pause()
