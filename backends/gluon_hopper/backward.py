@@ -335,7 +335,7 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
     q_ring, do_ring, stats_ring, q_full, do_full = rings
     k_tile, v_tile, k_full, v_full = kv
     BM, BN, D, STAGES = SHAPE
-    DQ, PIPELINED, EARLY, DELTA_FIRST, SOFTCAP = HOW
+    DQ, PIPELINED, EARLY, DELTA_FIRST, DK_LATE, SOFTCAP = HOW
     COLUMNS: gl.constexpr = gl.SliceLayout(0, acc_layout(BM))
     DQN: gl.constexpr = D * BM // 128  # this consumer's half of dQ is [64, DQN]
     dtype: gl.constexpr = q_ring.dtype
@@ -366,7 +366,8 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
         dp = dp + stats.slice(BM, BM, 0).load(COLUMNS)[None, :]
     ds = (slope * dp).to(dtype)
     ds_operand = gl.convert_layout(ds, gl.DotOperandLayout(0, acc_layout(D), 2))
-    dk_token = warpgroup_mma(ds_operand, q, dk, is_async=True)
+    if not DK_LATE:
+        dk_token = warpgroup_mma(ds_operand, q, dk, is_async=True)
     if DQ:
         k = k_tile.index(zero)
         ds_both = ds_tile.index(zero)
@@ -382,7 +383,12 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
             dq_token = warpgroup_mma(
                 ds_both.slice(CID * 64, 64, 1).permute((1, 0)), k, no_dq, use_acc=False, is_async=True)  # fmt: skip
         # dv and dk are waited for before the next scores begin: two 16-bit A operands in flight are too many registers
-        if PIPELINED:
+        if DK_LATE:  # so that dK's product, and not the next scores alone, runs beside the staging of dQ
+            dv = warpgroup_mma_wait(1, deps=[dv_token])
+            dk_token = warpgroup_mma(ds_operand, q, dk, is_async=True)
+            dq = warpgroup_mma_wait(1, deps=[dq_token])
+            s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE)
+        elif PIPELINED:
             dv, dk = warpgroup_mma_wait(1, deps=[dv_token, dk_token])
             s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE)
             dq = warpgroup_mma_wait(1, deps=[dq_token])
@@ -390,6 +396,8 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
             dv, dk, dq = warpgroup_mma_wait(0, deps=[dv_token, dk_token, dq_token])
         staging.index(CID).store(to_lanes(dq).reshape([64 * DQN // 32, 32]))
         fence_async_shared()
+        if DK_LATE:
+            dk = warpgroup_mma_wait(1, deps=[dk_token])
         everyone_arrive(STAGED)
     else:
         if PIPELINED:
@@ -432,7 +440,7 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, start_n, star
     """Partitions 1 and 2: dK and dV of 64 keys each, in registers from first to last."""
     k_tile, v_tile, k_full, v_full = kv
     BM, BN, D, STAGES = SHAPE
-    DQ, PIPELINED, EARLY, DELTA_FIRST, SOFTCAP = HOW
+    DQ, PIPELINED, EARLY, DELTA_FIRST, DK_LATE, SOFTCAP = HOW
     full_lo, full_hi, n = steps
     total = n * group if GROUPED else n
     dtype: gl.constexpr = k_tile.dtype
@@ -475,7 +483,7 @@ def gluon_gradients_fused(
     rows, heads_kv, group, seq_q, seq_kv, left, right, together, factor, cap, scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, GROUPED: gl.constexpr, SOFTCAP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    DQ: gl.constexpr, PIPELINED: gl.constexpr, EARLY: gl.constexpr, DELTA_FIRST: gl.constexpr,
+    DQ: gl.constexpr, PIPELINED: gl.constexpr, EARLY: gl.constexpr, DELTA_FIRST: gl.constexpr, DK_LATE: gl.constexpr,
 ):  # fmt: skip
     """dv = sum p^T dO and dk = sum ds^T Q of 128 keys, all query heads that share them; with DQ, dQ += ds K.
 
@@ -507,7 +515,7 @@ def gluon_gradients_fused(
     band = (left, right)
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
     SHAPE: gl.constexpr = (BM, BN, D, STAGES)
-    HOW: gl.constexpr = (DQ, PIPELINED, EARLY, DELTA_FIRST, SOFTCAP)
+    HOW: gl.constexpr = (DQ, PIPELINED, EARLY, DELTA_FIRST, DK_LATE, SOFTCAP)
     lo, full_lo, full_hi, hi = query_range(tile * BN, seq_q, seq_kv, band, BM, BN, MASKS)
     steps = (full_lo - lo, full_hi - lo, hi - lo)
     # Statistics and the accumulator of dQ are padded to multiples of 128 queries.

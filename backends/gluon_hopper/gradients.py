@@ -23,7 +23,8 @@ class Config:
 
     block_m, stages: queries a tile, and tiles in flight, of the kernel that owns keys. pipelined: the next tile's
     scores begin behind this tile's dQ. early: dP is issued wholly before the softmax. delta_first: dP's accumulator
-    begins with -delta.
+    begins with -delta. dk_late: dK's product runs behind dQ's, beside the
+    staging of dQ (fused and pipelined; ptxas 12.8 crashes over it, 13.0 does not).
     block_n, k_stages, v_stages: keys a tile, and tiles in flight, of the kernel that owns queries. together: how many
     heads' tiles take turns in the grid.
     """
@@ -34,6 +35,7 @@ class Config:
     pipelined: bool = True
     early: bool = False
     delta_first: bool = True
+    dk_late: bool = False
     block_n: int = 64
     k_stages: int = 2
     v_stages: int = 2
@@ -41,7 +43,7 @@ class Config:
 
     def __str__(self) -> str:
         if self.fused:
-            how = f"{self.block_m}x128 s{self.stages}{' pipelined' * self.pipelined}{' early' * self.early}{' delta first' * self.delta_first}"
+            how = f"{self.block_m}x128 s{self.stages}{' pipelined' * self.pipelined}{' early' * self.early}{' delta first' * self.delta_first}{' dk late' * self.dk_late}"
             return f"fused, {how}, dQ by float32 atomics: not deterministic"
         return f"two kernels, tiles of {self.block_m} queries and {self.block_n} keys: deterministic"
 
@@ -149,7 +151,7 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
             ((m, d), (128, d), (128, d), (m, d), (64, d), (64, d), (2 * m,), (m * d // 64 if how.fused else 8, 32)),
             (batch * heads_kv, heads_kv, *sizes),
             dict(constants, BM=m, BN=128, DQ=how.fused, PIPELINED=how.pipelined, EARLY=how.early,
-                 DELTA_FIRST=how.delta_first),
+                 DELTA_FIRST=how.delta_first, DK_LATE=how.dk_late),
         )  # fmt: skip
     if how.fused:
         gradients_q = Launch(
