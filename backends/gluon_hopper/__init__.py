@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -23,6 +24,7 @@ class GluonHopper(Backend):
         min_arch=(9, 0),
         max_arch=(9, 0),
         head_dims=range(1, 257),
+        deterministic=False,  # dq is added up by float32 atomics, but above head_dim 128
         kernels=r"gluon_\w+",
     )
 
@@ -42,15 +44,29 @@ class GluonHopper(Backend):
 
     def details(self, problem, device):
         """Each kernel's configuration, and what a tensor that TMA cannot describe costs."""
-        return _launch().described(problem, device)
+        lines = _launch().described(problem, device)
+        if problem.pass_ != "fwd":
+            lines += _gradients().described(problem, self.capability.deterministic)
+        return lines
+
+    def scratch_bytes(self, problem):
+        """The backward's row statistics, and float32 sums of dq unless the backward is deterministic."""
+        return 0 if problem.pass_ == "fwd" else _gradients().scratch_bytes(problem, self.capability.deterministic)
 
     def forward(self, q, k, v, spec):
         """(o, lse), one kernel."""
         return _launch().attend(q, k, v, spec)
 
     def backward(self, do, q, k, v, o, lse, spec):
-        """(dq, dk, dv)."""
-        return _gradients().differentiate(do, q, k, v, o, lse, spec)
+        """(dq, dk, dv): row statistics, the kernel that owns keys, and a kernel that owns queries or rounds dq."""
+        return _gradients().differentiate(do, q, k, v, o, lse, spec, deterministic=self.capability.deterministic)
+
+
+class GluonDeterministic(GluonHopper):
+    """The same with every sum of the backward in one fixed order: bitwise reproducible, slower up to head_dim 128."""
+
+    name = "gluon-deterministic"
+    capability = dataclasses.replace(GluonHopper.capability, deterministic=True)
 
 
 @functools.cache
