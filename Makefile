@@ -3,7 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: bench test integrations lint types docs-check clean
+# What pyproject.toml allows, each in an environment that shares all but Triton with .venv.
+TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
+
+.PHONY: bench test integrations lint types docs-check gluon-versions clean
+.PRECIOUS: .venv-triton-%/.ready
 
 bench: $(READY)
 	$(BIN)/python bench.py
@@ -28,6 +32,18 @@ types: $(READY)
 docs-check: $(READY)
 	$(BIN)/python bench.py report --check $$(find docs/results -name '*.jsonl' | sort) --into README.md --into docs/reproducibility.md --into docs/training.md
 
+# Every Gluon kernel for sm_90 by every Triton, no GPU needed; TRITONS="3.9.0" for one of them.
+gluon-versions: $(TRITONS:%=gluon-triton-%)
+
+gluon-triton-%: .venv-triton-%/.ready
+	TRITON_CACHE_DIR=.venv-triton-$*/cache .venv-triton-$*/bin/python -m pytest -q tests/compile/test_gluon_versions.py --every-kernel
+
+.venv-triton-%/.ready: $(READY)
+	$(BIN)/python -m venv --clear --without-pip .venv-triton-$*
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" > $$(echo .venv-triton-$*/lib/python3*/site-packages)/shared.pth
+	$(BIN)/python -m pip --python .venv-triton-$*/bin/python install --quiet --no-deps --ignore-installed triton==$*
+	@touch $@
+
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d" % sys.version_info[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -35,4 +51,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-triton-* build dist *.egg-info

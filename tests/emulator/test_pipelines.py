@@ -224,7 +224,7 @@ FAULTS = [
           "fence_async_shared()\n        consumers_sync(DS_READY)", "consumers_sync(DS_READY)",
           r"no fence: fused_consumer \d reads ds_tile", B128),
     Fault("dQ is staged without a fence", "backward.fused_step",
-          "fence_async_shared()\n        everyone_arrive(", "everyone_arrive(",
+          "32, 32]))\n        fence_async_shared()\n", "32, 32]))\n",
           r"no fence: fused_producer reads staging", B128),
     Fault("dQ's staging is released before it has left", "backward.fused_producer",
           "            tma_store_wait(0)\n            if i + 1 < total:\n                everyone_arrive(DQ_TAKEN)",

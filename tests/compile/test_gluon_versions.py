@@ -1,0 +1,93 @@
+"""Every shipped Gluon kernel for sm_90 by the Triton that runs this test: it builds, and no register spills.
+
+`make gluon-versions` runs it with each Triton that is supported; other runs leave it out (--every-kernel has it).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from flash2.backends.gluon_hopper import gradients, offline  # noqa: E402
+from flash2.backends.triton_fa2.offline import SHARED_LIMIT, Build, read  # noqa: E402
+from flash2.core.problem import Problem  # noqa: E402
+
+# Lengths at which the forward's configuration changes, one of each kind of mask.
+FORWARD = {
+    f"fwd-d{head_dim}-{mask}-{seq}": (head_dim, mask, seq)
+    for head_dim, mask, seq in product((64, 128, 256), ("full", "causal"), (512, 2048, 16384))
+    if head_dim == 64 or seq == 512 or (head_dim == 256 and seq == 16384)
+}
+BACKWARD = {
+    f"{kernel}-d{head_dim}-{mask}{'-deterministic' * deterministic}": (head_dim, mask, deterministic, kernel)
+    for head_dim, mask, deterministic, kernel in product(
+        (64, 128, 256), ("full", "causal"), (False, True), ("statistics", "kv", "q")
+    )
+    if deterministic or head_dim < 256  # the only way there
+}
+CELLS = FORWARD | BACKWARD
+# Open: bytes of local memory where a version's ptxas finds fewer registers than that of 3.6.0, for which kernels are
+# tuned. Nothing may get worse.
+SPILLING: dict[str, dict[str, int]] = {
+    "3.7": {"kv-d64-causal": 16},
+    "3.9": {
+        "kv-d64-causal": 24,
+        "kv-d64-causal-deterministic": 16,
+        "fwd-d128-causal-512": 136,
+        "q-d256-causal-deterministic": 8,
+    },
+}
+
+
+def built(name: str) -> Build | str:
+    """One kernel, or what its compiler says."""
+    head_dim, mask, *rest = CELLS[name]
+    problem = Problem(batch=2, heads_q=4, seq_q=2048, head_dim=head_dim, dtype="bf16", causal=mask == "causal")
+    try:
+        if name in FORWARD:
+            launch = offline.planned(problem.replace(seq_q=rest[0], seq_kv=rest[0]))
+        else:
+            deterministic, kernel = rest
+            launch = gradients.planned(problem.replace(pass_="bwd"), deterministic)[kernel]
+        kernel = offline.build(*launch)
+    except Exception as error:  # whatever a compiler of this size raises or asserts is the test's failure
+        while error.__cause__ is not None:
+            error = error.__cause__
+        return f"does not compile: {type(error).__name__}: {str(error)[-300:]}"
+    return read(kernel.asm["cubin"], kernel.metadata.shared, sass=False)
+
+
+def pytest_generate_tests(metafunc):
+    if "cell" in metafunc.fixturenames:
+        every = metafunc.config.getoption("every_kernel")
+        why = pytest.mark.skip(reason="by make gluon-versions, or with --every-kernel")
+        metafunc.parametrize("cell", list(CELLS) if every else [pytest.param("any", marks=why)])
+
+
+@pytest.fixture(scope="module")
+def building(request):
+    """name -> future of its Build, all begun at once."""
+    chosen = [
+        item.callspec.params["cell"]
+        for item in request.session.items
+        if item.module is request.module and "cell" in getattr(item, "fixturenames", ())
+    ]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield {name: pool.submit(built, name) for name in chosen}
+        pool.shutdown(cancel_futures=True)
+
+
+def test_it_builds_without_spills(building, cell):
+    build = building[cell].result()
+    assert isinstance(build, Build), build
+    version = ".".join(triton.__version__.split(".")[:2])
+    assert build.spills <= SPILLING.get(version, {}).get(cell, 0), (
+        f"{build.registers} registers, {build.spills} bytes spilled"
+    )
+    assert build.shared <= SHARED_LIMIT[90]
