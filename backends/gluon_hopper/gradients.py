@@ -26,7 +26,8 @@ class Config:
     begins with -delta. dk_late: dK's product runs behind dQ's, beside the
     staging of dQ (fused and pipelined; ptxas 12.8 crashes over it, 13.0 does not).
     block_n, k_stages, v_stages: keys a tile, and tiles in flight, of the kernel that owns queries. together: how many
-    heads' tiles take turns in the grid.
+    heads' tiles take turns in the grid. parts: the batch is taken in so many parts, one after the other, so that
+    dQ's accumulator is smaller, and stays in the L2 cache.
     """
 
     fused: bool
@@ -40,6 +41,7 @@ class Config:
     k_stages: int = 2
     v_stages: int = 2
     together: int = 1
+    parts: int = 1
 
     def __str__(self) -> str:
         if self.fused:
@@ -78,16 +80,31 @@ def differentiate(
         "bwd", layout(do), layout(q), layout(k), layout(v), layout(o), lse.data_ptr() % 16, dq.stride(), dk.stride(),
         dv.stride(), q.dtype, q.get_device(), spec.scale, spec.causal, spec.window, spec.softcap, deterministic, config,
     )  # fmt: skip
+    each = [(do, q, k, v, o, lse, dq, dk, dv)]
+    if config is not None and config.parts > 1:
+        each = parted(each[0], config.parts)
     plan = launch._plans.get(call_key)
     if plan is None:
-        plan = remember(call_key, plan_backward(do, q, k, v, o, dq, dk, dv, spec, deterministic, config))
+        do, q, k, v, o, lse, *outputs = each[0]
+        plan = remember(call_key, plan_backward(do, q, k, v, o, *outputs, spec, deterministic, config))
     stats = torch.empty(plan.stats_size, dtype=torch.float32, device=q.device)
     acc = stats.view(-1, 32)
     if plan.fused:
         acc = torch.empty((plan.stats_size * plan.width // 64, 32), dtype=torch.float32, device=q.device)
-    for step, tensors in plan.steps(do, q, k, v, o, lse, dq, dk, dv, stats, acc):
-        step(*tensors)
+    for part in each:
+        for step, arguments in plan.steps(*part, stats, acc):
+            step(*arguments)
     return dq, dk, dv
+
+
+def parted(tensors: tuple, parts: int) -> list[tuple]:
+    """The tensors of each part of the batch; all of it where the parts are not alike. They share a plan: the addresses
+    of o and lse, which are no descriptors, must be as aligned as the first part's."""
+    _, q, _, _, o, lse, *_ = tensors
+    batch = q.shape[0] // parts
+    if q.shape[0] % parts or any(x.stride(0) * batch % 8 for x in (o, lse)):
+        return [tensors]
+    return list(zip(*(x.split(batch) for x in tensors), strict=True))
 
 
 class Plan(NamedTuple):
