@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from flash2.backends.cupy_cuda import compile, half
+from flash2.backends.cupy_cuda import compile, fp32, half
 from flash2.backends.cupy_cuda.tiles import Family, Tile
 from flash2.core.contract import TORCH_DTYPES, Spec, spec_of
 from flash2.core.problem import Problem
 
-FAMILIES: dict[str, Family] = {"fp16": half.FAMILY, "bf16": half.FAMILY}
+FAMILIES: dict[str, Family] = {"fp16": half.FAMILY, "bf16": half.FAMILY, "ieee": fp32.IEEE}
 # kernel -> its name in the source
 ENTRIES = {
     "forward": "cuda_attention_forward",
