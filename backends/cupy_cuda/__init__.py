@@ -17,7 +17,7 @@ class CupyCuda(Backend):
     settled = True
     capability = Capability(
         devices=("cuda",),
-        precisions={"fp32": ("ieee",), "fp16": ("fp16",), "bf16": ("bf16",)},
+        precisions={"fp32": ("ieee", "tf32"), "fp16": ("fp16",), "bf16": ("bf16",)},
         features=frozenset(("causal", "gqa", "cross", "window", "softcap", "alibi", "scale", "empty-rows", "lse")),
         min_arch=(8, 0),
         head_dims=range(1, 257),

@@ -19,23 +19,28 @@ __device__ __forceinline__ Head head_of(const void *x, const Strides &s, int bat
 // are PITCH floats apart, and every GAP_ROWS rows 4 more.
 template <int ROWS, int COLUMNS, int PITCH, int GAP_ROWS = 0>
 __device__ __forceinline__ void load_tile(float *to, const Head &head, int start, int seq, int d, int head_dim) {
-    constexpr int ACROSS = COLUMNS / 4, STEP = THREADS / ACROSS;  // pieces of 16 bytes in a row; rows at once
-    static_assert(THREADS % ACROSS == 0, "a thread copies one column of pieces");
+    constexpr int ACROSS = COLUMNS / 4 < THREADS ? COLUMNS / 4 : THREADS;  // pieces of 16 bytes, side by side
+    constexpr int STEP = THREADS / ACROSS;                                // rows at once
+    static_assert(THREADS % ACROSS == 0 && COLUMNS % (4 * ACROSS) == 0, "a thread stays in its columns");
     constexpr bool EVEN = ROWS % STEP == 0 && (GAP_ROWS == 0 || STEP % GAP_ROWS == 0);
-    const int first = threadIdx.x / ACROSS, column = threadIdx.x % ACROSS * 4;
-    u32 address = shared_address(to) + 4 * (first * PITCH + (GAP_ROWS ? first / GAP_ROWS * 4 : 0) + column);
-    const float *from = head.rows + (start + first) * head.stride + d + column;
-    if (EVEN && start + ROWS <= seq && d + COLUMNS <= head_dim) {
+    const int first = threadIdx.x / ACROSS;
 #pragma unroll
-        for (int n = 0; n < ROWS / STEP; n++, from += STEP * head.stride)
-            copy_async(address + n * 4 * (STEP * PITCH + (GAP_ROWS ? STEP / GAP_ROWS * 4 : 0)), from, 16);
-    } else {
-        const int bytes = 4 * min(max(head_dim - d - column, 0), 4);
+    for (int part = 0; part < COLUMNS; part += 4 * ACROSS) {
+        const int column = part + threadIdx.x % ACROSS * 4;
+        const u32 address = shared_address(to) + 4 * (first * PITCH + (GAP_ROWS ? first / GAP_ROWS * 4 : 0) + column);
+        const float *from = head.rows + (start + first) * head.stride + d + column;
+        if (EVEN && start + ROWS <= seq && d + COLUMNS <= head_dim) {
+#pragma unroll
+            for (int n = 0; n < ROWS / STEP; n++, from += STEP * head.stride)
+                copy_async(address + n * 4 * (STEP * PITCH + (GAP_ROWS ? STEP / GAP_ROWS * 4 : 0)), from, 16);
+        } else {
+            const int bytes = 4 * min(max(head_dim - d - column, 0), 4);
 #pragma unroll 1
-        for (int row = first; row < ROWS; row += STEP, from += STEP * head.stride) {
-            const bool inside = start + row < seq && bytes > 0;
-            const int gap = GAP_ROWS ? (row / GAP_ROWS - first / GAP_ROWS) * 4 : 0;
-            copy_async(address + 4 * ((row - first) * PITCH + gap), inside ? from : head.rows, inside ? bytes : 0);
+            for (int row = first; row < ROWS; row += STEP, from += STEP * head.stride) {
+                const bool inside = start + row < seq && bytes > 0;
+                const int gap = GAP_ROWS ? (row / GAP_ROWS - first / GAP_ROWS) * 4 : 0;
+                copy_async(address + 4 * ((row - first) * PITCH + gap), inside ? from : head.rows, inside ? bytes : 0);
+            }
         }
     }
 }
@@ -56,3 +61,31 @@ __device__ __forceinline__ void store_part(float *row, int column, int head_dim,
 __device__ __forceinline__ bool visible(const Params &p, int i, int j) {
     return j <= i + p.right && j >= i - p.left && j < p.seq_kv;
 }
+
+// The pieces that a loop reads, STAGE floats each, copied STAGES - 1 ahead by load(stage), which knows their order and
+// their end; load.arrived(stage) may change what this thread has copied before others see it.
+template <int STAGE, class Loader>
+struct Ring {
+    float *stages;
+    Loader &load;
+    int slot = 0;
+    __device__ __forceinline__ Ring(float *stages, Loader &load) : stages(stages), load(load) {
+        static_assert(STAGES >= 2, "a copy runs beside the reading");
+#pragma unroll 1
+        for (int n = 0; n < STAGES - 1; n++) {
+            load(stages + n * STAGE);
+            copy_commit();
+        }
+    }
+    // The next piece, which stays until everybody has called again.
+    __device__ __forceinline__ const float *next() {
+        float *piece = stages + slot * STAGE;
+        copy_wait<STAGES - 2>();
+        load.arrived(piece);
+        __syncthreads();
+        load(stages + (slot == 0 ? STAGES - 1 : slot - 1) * STAGE);
+        copy_commit();
+        slot = slot == STAGES - 1 ? 0 : slot + 1;
+        return piece;
+    }
+};

@@ -1,4 +1,4 @@
-"""float32: FlashAttention-2 in IEEE arithmetic without tensor cores (fp32_simt*), sm_80 and newer."""
+"""float32: FlashAttention-2 in IEEE arithmetic on FFMA (fp32_simt*) and in TF32 on mma.sync (fp32_tf32*), sm_80 and newer."""
 
 from __future__ import annotations
 
@@ -9,63 +9,91 @@ from flash2.backends.cupy_cuda.tiles import Family, Tile, shared_limit
 if TYPE_CHECKING:
     from flash2.backends.cupy_cuda.launch import Maths
 
-# padded head_dim -> (warps, stages) of the forward and of either gradient kernel; the first that fits a device's shared
-# memory is taken. A warp owns 2048 / head_dim rows, and the other side's tile is head_dim long (fp32_simt.cuh).
-FORWARD = {
-    64: ((4, 4), (4, 3)),
-    128: ((8, 4), (4, 4), (4, 2)),
-    256: ((8, 4), (8, 2), (4, 2)),
-}
-GRADIENTS = {
-    64: ((4, 2), (2, 2)),
-    128: ((8, 3), (4, 3), (2, 3)),
-    256: ((8, 3), (4, 3), (2, 3)),
-}
+
+def T(block_m: int, block_n: int, warps: int, stages: int = 2) -> Tile:
+    """A row of the tables."""
+    return Tile(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
 
 
-def tile(kernel: str, maths: Maths) -> Tile:
-    """The tile of `kernel` for these sizes on this device."""
+# (kernel, padded head_dim) -> tiles, of which the first that fits a device's shared memory is taken.
+# Without tensor cores a warp owns 2048 / head_dim rows, and the other side's tile is head_dim long (fp32_simt.cuh).
+IEEE_TILES = {
+    ("forward", 64): (T(128, 64, 4, 4), T(128, 64, 4, 3)),
+    ("forward", 128): (T(128, 128, 8, 4), T(64, 128, 4, 4), T(64, 128, 4, 2)),
+    ("forward", 256): (T(64, 256, 8, 4), T(64, 256, 8, 2), T(32, 256, 4, 2)),
+    ("gradients_kv", 64): (T(64, 128, 4), T(64, 64, 2)),
+    ("gradients_kv", 128): (T(128, 128, 8), T(128, 64, 4), T(128, 32, 2)),
+    ("gradients_kv", 256): (T(256, 64, 8), T(256, 32, 4), T(256, 16, 2)),
+    ("gradients_q", 64): (T(128, 64, 4), T(64, 64, 2)),
+    ("gradients_q", 128): (T(128, 128, 8, 3), T(64, 128, 4, 3), T(32, 128, 2, 3)),
+    ("gradients_q", 256): (T(64, 256, 8, 3), T(32, 256, 4, 3), T(16, 256, 2, 3)),
+}
+# With them a warp owns 16 or 32 rows. The forward's stages are single tiles of K or V, the gradients' are pairs.
+TF32_TILES = {
+    ("forward", 32): (T(128, 64, 4, 4),),
+    ("forward", 64): (T(128, 64, 4, 4), T(128, 64, 4, 2)),
+    ("forward", 128): (T(128, 32, 4),),
+    ("forward", 256): (T(128, 32, 8), T(64, 32, 4), T(32, 32, 2)),
+    ("gradients_kv", 32): (T(32, 128, 4),),
+    ("gradients_kv", 64): (T(32, 128, 4), T(32, 64, 4)),
+    ("gradients_kv", 128): (T(32, 128, 8), T(32, 64, 4), T(16, 64, 4)),
+    ("gradients_kv", 256): (T(16, 64, 8), T(16, 32, 4), T(16, 16, 2)),
+    ("gradients_q", 32): (T(128, 32, 4),),
+    ("gradients_q", 64): (T(128, 32, 4), T(64, 32, 4)),
+    ("gradients_q", 128): (T(128, 32, 8), T(64, 32, 4), T(32, 32, 2)),
+    ("gradients_q", 256): (T(64, 16, 4), T(32, 16, 2), T(16, 16, 1)),
+}
+STATISTICS = T(32, 0, 4)
+
+
+def ieee_tile(kernel: str, maths: Maths) -> Tile:
+    """The tile of an IEEE kernel for these sizes on this device."""
+    return _first_that_fits(IEEE_TILES, ieee_shared, kernel, maths)
+
+
+def tf32_tile(kernel: str, maths: Maths) -> Tile:
+    """The tile of a TF32 kernel for these sizes on this device."""
+    return _first_that_fits(TF32_TILES, tf32_shared, kernel, maths)
+
+
+def _first_that_fits(tiles, shared, kernel: str, maths: Maths) -> Tile:
     if kernel == "statistics":
-        return Tile(block_m=32, block_n=0, warps=4)
-    limit, d = shared_limit(maths.arch), maths.block_d
-    for warps, stages in (FORWARD if kernel == "forward" else GRADIENTS)[d]:
-        found = tile_of(kernel, d, warps, stages)
-        if shared(kernel, found, d) <= limit:
-            return found
-    raise AssertionError(f"no tile of {kernel} for head_dim {d} fits {limit} bytes")
+        return STATISTICS
+    limit = shared_limit(maths.arch)
+    return next(t for t in tiles[kernel, maths.block_d] if shared(kernel, t, maths.block_d) <= limit)
 
 
-def tile_of(kernel: str, block_d: int, warps: int, stages: int) -> Tile:
-    """The tile of that many warps: gradients_kv owns rows of keys, the others of queries."""
-    rows = 2048 // block_d * warps
-    m, n = (block_d, rows) if kernel == "gradients_kv" else (rows, block_d)
-    return Tile(block_m=m, block_n=n, warps=warps, stages=stages)
-
-
-def shared(kernel: str, tile: Tile, block_d: int) -> int:
-    """Bytes of dynamic shared memory: the tiles that stay, the weights, and the ring of pieces."""
+def ieee_shared(kernel: str, tile: Tile, block_d: int) -> int:
+    """Bytes of dynamic shared memory: the tiles that stay and the weights, and a ring of pieces."""
     if kernel == "statistics":
         return 0
     rows = tile.block_n if kernel == "gradients_kv" else tile.block_m
     staying = 2 if kernel == "forward" else 3
-    return 4 * (staying * rows * (block_d + 4) + tile.stages * block_d * (chunk(kernel, tile, block_d) + 1))
+    return 4 * (staying * rows * (block_d + 4) + tile.stages * block_d * (ieee_chunk(kernel, tile, block_d) + 1))
 
 
-def chunk(kernel: str, tile: Tile, block_d: int) -> int:
+def ieee_chunk(kernel: str, tile: Tile, block_d: int) -> int:
     """Columns or rows in a piece, CHUNK of the sources."""
     if kernel == "forward":
         return 16 if block_d == 256 else 32
     return 8 if block_d == 256 else 32 if block_d == 64 and tile.warps == 8 else 16
 
 
-IEEE = Family(
-    sources={
-        "forward": "fp32_simt_forward.cu",
-        "statistics": "fp32_statistics.cu",
-        "gradients_kv": "fp32_simt_gradients_kv.cu",
-        "gradients_q": "fp32_simt_gradients_q.cu",
-    },
-    head_dims=(64, 128, 256),
-    tile=tile,
-    shared=shared,
-)
+def tf32_shared(kernel: str, tile: Tile, block_d: int) -> int:
+    """Bytes of dynamic shared memory: the tiles that stay, and a ring of tiles or of pairs of them."""
+    rows = {
+        "forward": tile.block_m + tile.stages * tile.block_n,
+        "statistics": 0,
+        "gradients_kv": 2 * tile.block_n + tile.stages * 2 * tile.block_m,
+        "gradients_q": 2 * tile.block_m + tile.stages * 2 * tile.block_n,
+    }[kernel]
+    return 4 * rows * (block_d + 4)
+
+
+def _sources(name: str) -> dict[str, str]:
+    kernels = ("forward", "gradients_kv", "gradients_q")
+    return {"statistics": "fp32_statistics.cu", **{kernel: f"fp32_{name}_{kernel}.cu" for kernel in kernels}}
+
+
+IEEE = Family(sources=_sources("simt"), head_dims=(64, 128, 256), tile=ieee_tile, shared=ieee_shared)
+TF32 = Family(sources=_sources("tf32"), head_dims=(32, 64, 128, 256), tile=tf32_tile, shared=tf32_shared)

@@ -109,28 +109,3 @@ __device__ __forceinline__ void store_rows(void *out, const Strides &s, int batc
             store_part(rows + row * s.row, at.column(h), head_dim, x[r][h], x[r][h + 1], x[r][h + 2], x[r][h + 3]);
     }
 }
-
-// The pieces that a loop reads, copied STAGES - 1 ahead by load(stage), which knows their order and their end.
-template <class Loader>
-struct Ring {
-    float *stages;
-    Loader &load;
-    int slot = 0;
-    __device__ __forceinline__ Ring(float *stages, Loader &load) : stages(stages), load(load) {
-#pragma unroll 1
-        for (int n = 0; n < STAGES - 1; n++) {
-            load(stages + n * STAGE);
-            copy_commit();
-        }
-    }
-    // The next piece, which stays until everybody has called again.
-    __device__ __forceinline__ const float *next() {
-        copy_wait<STAGES - 2>();
-        __syncthreads();
-        load(stages + (slot == 0 ? STAGES - 1 : slot - 1) * STAGE);
-        copy_commit();
-        const float *piece = stages + slot * STAGE;
-        slot = slot == STAGES - 1 ? 0 : slot + 1;
-        return piece;
-    }
-};

@@ -10,6 +10,7 @@ struct Loader {
     const Params &p;
     Head k, v;
     int start, hi, piece;
+    __device__ __forceinline__ void arrived(float *) {}
     __device__ __forceinline__ void operator()(float *stage) {
         if (start >= hi) return;
         if (piece < CHUNKS) {
@@ -33,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_attention_forward(con
     float *shared = reinterpret_cast<float *>(memory), *weights = shared + TILE + at.row * PITCH;
     load_tile<ROWS, BLOCK_D, PITCH>(shared, head_of(p.q, p.sq, batch, head), start_m, p.seq_q, 0, p.head_dim);
     Loader loader = {p, head_of(p.k, p.sk, batch, head / p.group), head_of(p.v, p.sv, batch, head / p.group), keys.lo, keys.hi, 0};
-    Ring<Loader> ring(shared + 2 * TILE, loader);
+    Ring<STAGE, Loader> ring(shared + 2 * TILE, loader);
 
     Tile acc, s;
     float m_i[8], l_i[8];  // l_i is of this thread's columns alone, until the end

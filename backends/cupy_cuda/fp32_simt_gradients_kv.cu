@@ -12,6 +12,7 @@ enum Step { S_OF_Q, DV_OF_GO, AGAIN_OF_Q, DP_OF_GO, DK_OF_Q, STEPS };
 struct Loader {
     const Params &p;
     int batch, head, members, start, lo, hi, piece;
+    __device__ __forceinline__ void arrived(float *) {}
     __device__ __forceinline__ void operator()(float *stage) {
         if (members == 0) return;
         const int step = piece / CHUNKS, n = piece % CHUNKS * CHUNK;
@@ -44,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_gradients_kv(const __
     load_tile<ROWS, BLOCK_D, PITCH>(shared, head_of(p.k, p.sk, batch, head_kv), start_n, p.seq_kv, 0, p.head_dim);
     load_tile<ROWS, BLOCK_D, PITCH>(shared + TILE, head_of(p.v, p.sv, batch, head_kv), start_n, p.seq_kv, 0, p.head_dim);
     Loader loader = {p, batch, head_kv * p.group, queries.lo < queries.hi ? p.group : 0, queries.lo, queries.lo, queries.hi, 0};
-    Ring<Loader> ring(shared + 3 * TILE, loader);
+    Ring<STAGE, Loader> ring(shared + 3 * TILE, loader);
 
     Tile dk, dv, x;
     clear(dk);

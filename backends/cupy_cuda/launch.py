@@ -22,7 +22,7 @@ from flash2.backends.cupy_cuda.tiles import Family, Tile
 from flash2.core.contract import TORCH_DTYPES, Spec, spec_of
 from flash2.core.problem import Problem
 
-FAMILIES: dict[str, Family] = {"fp16": half.FAMILY, "bf16": half.FAMILY, "ieee": fp32.IEEE}
+FAMILIES: dict[str, Family] = {"fp16": half.FAMILY, "bf16": half.FAMILY, "ieee": fp32.IEEE, "tf32": fp32.TF32}
 # kernel -> its name in the source
 ENTRIES = {
     "forward": "cuda_attention_forward",
