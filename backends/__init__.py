@@ -24,13 +24,15 @@ BUILTIN = {
     "flex": "flash2.backends.flex:Flex",
     "numba": "flash2.backends.numba_cpu:NumbaCPU",
     "triton": "flash2.backends.triton_fa2:TritonFA2",
+    "gluon": "flash2.backends.gluon_hopper:GluonHopper",
+    "gluon-deterministic": "flash2.backends.gluon_hopper:GluonDeterministic",
     "fa2": "flash2.backends.peers.flash_attention:FA2",
     "fa3": "flash2.backends.peers.flash_attention:FA3",
     "fa4": "flash2.backends.peers.flash_attention:FA4",
     "auto": "flash2.core.auto:Auto",  # the fastest of the others that can
 }
 # Names of kernels that are on their way: nobody else may take them, and asking for one says so.
-RESERVED = ("gluon", "cupy")
+RESERVED: tuple[str, ...] = ("cupy",)
 # What attention(backend=None) means on each device type.
 DEFAULTS = {"cpu": "numba", "cuda": "triton"}
 ENTRY_POINT_GROUP = "flash2.backends"
