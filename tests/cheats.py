@@ -77,7 +77,7 @@ class OnlyInWarmUp(Honest):
 
     def forward(self, q, k, v, spec):
         self.calls += 1
-        if self.calls <= 12:
+        if self.calls <= 6:  # those before the timed ones, and the first of these, however few a slow machine makes
             self.last = attend(q, k, v, spec)
         return tuple(x.clone() for x in self.last)
 
