@@ -27,7 +27,7 @@ from flash2.backends.triton_fa2.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["heads", "seq_q", "rows_padded", "head_dim"])
+@triton.jit(do_not_specialize=["heads", "seq_q", "rows_padded"])
 def row_statistics(
     o, do, lse, lse2, delta,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm,
@@ -56,7 +56,7 @@ def row_statistics(
     tl.store(delta + out, dots, mask=rows < rows_padded)
 
 
-@triton.jit(do_not_specialize=["heads_kv", "group", "seq_q", "seq_kv", "rows_padded", "head_dim", "left", "right"])
+@triton.jit(do_not_specialize=["heads_kv", "group", "seq_q", "seq_kv", "rows_padded", "left", "right"])
 def gradients_kv(
     q, k, v, do, lse2, delta, dk, dv, slopes,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -141,9 +141,9 @@ def gradients_kv(
     dk_head = head_of(dk, batch, head_kv, stride_dkb, stride_dkh, False)
     dv_head = head_of(dv, batch, head_kv, stride_dvb, stride_dvh, False)
     if DV:
-        store_tile(dv_head, dv_acc, start_n, seq_kv, stride_dvn, head_dim, BLOCK_N, BLOCK_D, WIDE)
+        store_tile(dv_head, dv_acc, start_n, seq_kv, stride_dvn, head_dim, BLOCK_N, BLOCK_D, PAD_D, WIDE)
     if DK:
-        store_tile(dk_head, dk_acc * dscale, start_n, seq_kv, stride_dkn, head_dim, BLOCK_N, BLOCK_D, WIDE)
+        store_tile(dk_head, dk_acc * dscale, start_n, seq_kv, stride_dkn, head_dim, BLOCK_N, BLOCK_D, PAD_D, WIDE)
 
 
 @triton.jit
@@ -188,7 +188,7 @@ def gather_kv(
     return dk_acc, dv_acc
 
 
-@triton.jit(do_not_specialize=["heads", "group", "seq_q", "seq_kv", "rows_padded", "head_dim", "left", "right"])
+@triton.jit(do_not_specialize=["heads", "group", "seq_q", "seq_kv", "rows_padded", "left", "right"])
 def gradients_q(
     q, k, v, do, lse2, delta, dq, slopes,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -248,7 +248,7 @@ def gradients_q(
                 full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
                 ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
     dq_head = head_of(dq, batch, head, stride_dqb, stride_dqh, False)
-    store_tile(dq_head, dq_acc * dscale, start_m, seq_q, stride_dqm, head_dim, BLOCK_M, BLOCK_D, WIDE)
+    store_tile(dq_head, dq_acc * dscale, start_m, seq_q, stride_dqm, head_dim, BLOCK_M, BLOCK_D, PAD_D, WIDE)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from flash2.backends.triton_fa2.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["heads", "group", "seq_q", "seq_kv", "head_dim", "left", "right"])
+@triton.jit(do_not_specialize=["heads", "group", "seq_q", "seq_kv", "left", "right"])
 def attention_forward(
     q, k, v, o, lse, slopes,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -92,7 +92,7 @@ def attention_forward(
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)  # a row that saw no key: o = 0, and lse = m_i = -inf
     acc = acc * (1.0 / l_safe)[:, None]
     o_head = head_of(o, batch, head, stride_ob, stride_oh, False)
-    store_tile(o_head, acc, start_m, seq_q, stride_om, head_dim, BLOCK_M, BLOCK_D, WIDE)
+    store_tile(o_head, acc, start_m, seq_q, stride_om, head_dim, BLOCK_M, BLOCK_D, PAD_D, WIDE)
     lse_rows = lse + (pid // tiles).to(tl.int64) * seq_q + rows
     tl.store(lse_rows, (m_i + tl.log2(l_safe)) * 0.6931471805599453, mask=rows < seq_q)
 

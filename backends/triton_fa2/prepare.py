@@ -9,7 +9,7 @@ import triton.language as tl
 from flash2.backends.triton_fa2.tiles import head_of, load_tile, split
 
 
-@triton.jit(do_not_specialize=["part", "heads", "seq", "head_dim"])
+@triton.jit(do_not_specialize=["part", "heads", "seq"])
 def split_heads(
     x, parts, stride_xb, stride_xh, stride_xn, part, stride_pn, heads, seq, head_dim,
     PAD_D: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -26,13 +26,13 @@ def split_heads(
     rows = start + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
     out = parts + ((pid // tiles).to(tl.int64) * seq + rows[:, None]) * stride_pn + cols[None, :]
-    mask = (rows[:, None] < seq) & (cols[None, :] < head_dim)
+    mask = (rows[:, None] < seq) & (cols[None, :] < head_dim) if PAD_D else rows[:, None] < seq
     pieces = split(tile, PARTS)
     for n in tl.static_range(PARTS):
         tl.store(out + n * part.to(tl.int64), pieces[n], mask=mask)
 
 
-@triton.jit(do_not_specialize=["heads", "seq", "head_dim"])
+@triton.jit(do_not_specialize=["heads"])
 def turn_heads(
     x, turned, stride_xb, stride_xh, stride_xn, stride_tn, heads, seq, head_dim,
     PAD_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -48,4 +48,5 @@ def turn_heads(
     rows = start + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
     out = turned + ((pid // tiles).to(tl.int64) * head_dim + cols[:, None]) * stride_tn + rows[None, :]
-    tl.store(out, tl.trans(tile), mask=(cols[:, None] < head_dim) & (rows[None, :] < seq))
+    mask = (cols[:, None] < head_dim) & (rows[None, :] < seq) if PAD_D else rows[None, :] < seq
+    tl.store(out, tl.trans(tile), mask=mask)

@@ -171,12 +171,16 @@ def load_rows(x, index, start, padded, ROWS: tl.constexpr, TMA: tl.constexpr):
 
 @triton.jit
 def store_tile(x, tile, start, seq, stride, head_dim,
-               ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+               ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """Write the rows below seq and columns below head_dim of `tile` to the head at pointer x."""
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D)
     ptrs = x + start.to(tl.int64) * stride + row_offsets(rows, stride, WIDE)[:, None] + cols[None, :]
-    tl.store(ptrs, narrow(tile, x.dtype.element_ty), mask=(rows[:, None] < seq - start) & (cols[None, :] < head_dim))
+    tile = narrow(tile, x.dtype.element_ty)
+    if PAD_D:
+        tl.store(ptrs, tile, mask=(rows[:, None] < seq - start) & (cols[None, :] < head_dim))
+    else:  # a mask over columns that may end anywhere makes every store one of a single element
+        tl.store(ptrs, tile, mask=rows[:, None] < seq - start)
 
 
 @triton.jit
