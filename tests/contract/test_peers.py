@@ -46,7 +46,7 @@ def test_sdpa_is_told_the_same_mask(seq_q, seq_kv, causal, window):
 def kernels_of(name: str, **options) -> list[str]:
     """torch's operators in one call and its backward on the CPU."""
     q, k, v = (torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3))
-    with profile(activities=[ProfilerActivity.CPU]) as record:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as record:  # torch 2.11 warns without
         attention(q, k, v, backend=name, **options).sum().backward()
     return [event.name for event in record.events()]
 
