@@ -9,7 +9,7 @@
 constexpr int PITCH = BLOCK_D + 4;
 static_assert(BLOCK_D % 32 == 0, "a thread loads 4 columns of 32 at once");
 
-#ifndef ON_CPU
+#ifndef ON_CPU  // tests/mma_on_cpu.cpp has its own
 // c += a b for a 16x8, b 8x8, c 16x8. A thread of lane 4g + t has rows g and g + 8, columns 2t and 2t + 1 of c;
 // of a the elements (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4), of b (t, g) and (t + 4, g).
 __device__ __forceinline__ void mma_tf32(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {

@@ -15,7 +15,8 @@ struct Loader {
     __device__ __forceinline__ void arrived(float *stage) { round_own<BLOCK_N>(stage); }
     __device__ __forceinline__ void operator()(float *stage) {
         if (start >= hi) return;
-        load_tile<BLOCK_N, BLOCK_D, PITCH>(stage, of_v ? v : k, start, p.seq_kv, 0, p.head_dim);
+        const Head x = {of_v ? v.rows : k.rows, of_v ? p.sv.row : p.sk.row};  // a choice of structs would go by memory
+        load_tile<BLOCK_N, BLOCK_D, PITCH>(stage, x, start, p.seq_kv, 0, p.head_dim);
         if (of_v) start += BLOCK_N;
         of_v = !of_v;
     }

@@ -16,56 +16,65 @@ __device__ __forceinline__ u32 at(int row, int chunk) { return row * PITCH + ((c
 // Rows start .. start + ROWS - 1 of a head into the tile at `to`; 0 past seq and past head_dim.
 template <int ROWS>
 __device__ __forceinline__ void load_tile(u32 to, const half_bits *head, long long stride, int start, int seq, int head_dim) {
-    constexpr int PASSES = (ROWS * CHUNKS + THREADS - 1) / THREADS;
+    constexpr int STEP = THREADS / SPREAD;
+    static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "the turn of all rows of a thread is that of the first");
+    if (start + ROWS <= seq && head_dim == BLOCK_D) {  // the usual case, in few instructions: nothing is left out
+        int row = threadIdx.x / SPREAD, chunk = threadIdx.x % SPREAD;
+        const half_bits *from = head + (start + row) * stride + 8 * chunk;
+        u32 place = to + at(row, chunk);
 #pragma unroll
-    for (int pass = 0; pass < PASSES; pass++) {
-        int index = pass * THREADS + threadIdx.x;
-        int row, chunk;
-        if constexpr (THREADS % CHUNKS == 0) {  // a thread stays in its column
-            row = pass * (THREADS / CHUNKS) + threadIdx.x / CHUNKS;
-            chunk = threadIdx.x % CHUNKS;
-        } else {
-            row = index / CHUNKS;
-            chunk = index % CHUNKS;
-        }
-        if (ROWS * CHUNKS % THREADS != 0 && index >= ROWS * CHUNKS) break;
+        for (int pass = 0; pass < ROWS / STEP; pass++, from += STEP * stride)
+#pragma unroll
+            for (int column = 0; column < CHUNKS; column += SPREAD)
+                copy_async(place + pass * STEP * PITCH + 16 * column, from + 8 * column, 16);
+        return;
+    }
+#pragma unroll 1
+    for (int index = threadIdx.x; index < ROWS * CHUNKS; index += THREADS) {
+        int row = index / CHUNKS, chunk = index % CHUNKS;
         int bytes = start + row < seq ? min(max(2 * (head_dim - 8 * chunk), 0), 16) : 0;
-        const half_bits *from = head + (bytes ? (start + row) * stride + 8 * chunk : 0);
-        copy_async(to + at(row, chunk), from, bytes);
+        copy_async(to + at(row, chunk), head + (bytes ? (start + row) * stride + 8 * chunk : 0), bytes);
     }
 }
 
-// Where this lane reads 16 rows by 16 columns of a tile from, row and column being multiples of 16. `own` is the lane's
-// place in the first such block: the columns flip bits of it, the rows are added.
-__device__ __forceinline__ u32 block(u32 own, int row, int step) {
-    constexpr int TURNS = SPREAD / 2;
-    return (own ^ ((step % TURNS) << 5)) + (step / TURNS) * (SPREAD * 16) + row * PITCH;
-}
-
-__device__ __forceinline__ u32 own_a(u32 tile) {  // a of mma, and b of a tile whose rows are the sum's index
-    int lane = threadIdx.x & 31;
-    return tile + at(lane & 15, lane >> 4);
-}
-
-__device__ __forceinline__ u32 own_b(u32 tile) {  // b of mma: rows are the columns of the product
-    int lane = threadIdx.x & 31;
-    return tile + at((lane & 7) | ((lane >> 4) << 3), (lane >> 3) & 1);
+// COUNT neighbouring floats, from a place on a multiple of 16 bytes.
+template <int COUNT>
+__device__ __forceinline__ void load_floats(u32 to, const float *from) {
+    static_assert(COUNT / 4 <= THREADS, "16 bytes a thread");
+    if (threadIdx.x < COUNT / 4) copy_async(to + 16 * threadIdx.x, from + 4 * threadIdx.x, 16);
 }
 
 // ---- products of tiles
 
-// c[m][n] += a b^T, both with rows of BLOCK_D in shared memory; a's rows from row_a on are this warp's.
+// Where a lane reads its part of a tile's first 16x16 block. The tile's address, which all lanes share, is added last.
+__device__ __forceinline__ u32 lane_a() {  // a of mma, and b where a tile's rows are the index of the sum
+    int lane = threadIdx.x & 31;
+    return at(lane & 15, lane >> 4);
+}
+
+__device__ __forceinline__ u32 lane_b() {  // b of mma where a tile's rows are the columns of the product
+    int lane = threadIdx.x & 31;
+    return at((lane & 7) | ((lane >> 4) << 3), (lane >> 3) & 1);
+}
+
+// The same in the block `step` columns of 16 further, `row` rows below, which is a multiple of 8.
+__device__ __forceinline__ u32 block(u32 tile, u32 lane, int row, int step) {
+    constexpr int TURNS = SPREAD / 2;
+    return (lane ^ ((step % TURNS) << 5)) + (tile + (step / TURNS) * (SPREAD * 16) + row * PITCH);
+}
+
+// c[m][n] += a b^T, both with rows of BLOCK_D in shared memory.
 template <int M, int N>
-__device__ __forceinline__ void multiply_nt(float (&c)[M][N][4], u32 own_of_a, int row_a, u32 own_of_b) {
+__device__ __forceinline__ void multiply_nt(float (&c)[M][N][4], u32 a_tile, u32 lane_of_a, u32 b_tile, u32 lane_of_b) {
 #pragma unroll
     for (int step = 0; step < BLOCK_D / 16; step++) {
         u32 a[M][4];
 #pragma unroll
-        for (int m = 0; m < M; m++) ldmatrix(a[m], block(own_of_a, row_a + 16 * m, step));
+        for (int m = 0; m < M; m++) ldmatrix(a[m], block(a_tile, lane_of_a, 16 * m, step));
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
             u32 b[4];
-            ldmatrix(b, block(own_of_b, 8 * n, step));
+            ldmatrix(b, block(b_tile, lane_of_b, 8 * n, step));
 #pragma unroll
             for (int m = 0; m < M; m++) {
                 mma(c[m][n], a[m], b[0], b[1]);
@@ -75,15 +84,15 @@ __device__ __forceinline__ void multiply_nt(float (&c)[M][N][4], u32 own_of_a, i
     }
 }
 
-// c[m] += a b for the columns from `first` on; a [16 M, 8 N] in registers as another product left it, b [8 N, BLOCK_D].
+// c[m] += a b; a [16 M, 8 N] in registers as another product left it, b [8 N, BLOCK_D] in shared memory.
 template <int M, int N, int D>
-__device__ __forceinline__ void multiply_nn(float (&c)[M][D][4], const u32 (&a)[M][N][2], u32 own_of_b, int first = 0) {
+__device__ __forceinline__ void multiply_nn(float (&c)[M][D][4], const u32 (&a)[M][N][2], u32 b_tile, u32 lane_of_b) {
 #pragma unroll
     for (int k = 0; k < N; k += 2) {
 #pragma unroll
         for (int d = 0; d < D; d += 2) {
             u32 b[4];
-            ldmatrix_turned(b, block(own_of_b, 8 * k, first / 16 + d / 2));
+            ldmatrix_turned(b, block(b_tile, lane_of_b, 8 * k, d / 2));
 #pragma unroll
             for (int m = 0; m < M; m++) {
                 u32 x[4] = {a[m][k][0], a[m][k][1], a[m][k + 1][0], a[m][k + 1][1]};

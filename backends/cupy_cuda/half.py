@@ -25,11 +25,11 @@ TILES = {
     ("forward", 128): (T(128, 64, 4),),
     ("forward", 192): (T(128, 64, 8), T(64, 32, 4)),
     ("forward", 256): (T(128, 64, 8), T(128, 32, 8), T(64, 32, 4)),
-    ("gradients_kv", 32): (T(64, 128, 4),),
+    ("gradients_kv", 32): (T(64, 64, 4),),
     ("gradients_kv", 64): (T(32, 128, 4),),
-    ("gradients_kv", 96): (T(64, 128, 8), T(64, 64, 4)),
-    ("gradients_kv", 128): (T(64, 128, 8), T(32, 64, 4)),
-    ("gradients_kv", 192): (T(64, 128, 8), T(32, 128, 8), T(16, 64, 4)),
+    ("gradients_kv", 96): (T(64, 128, 8),),
+    ("gradients_kv", 128): (T(32, 128, 8), T(32, 64, 4)),
+    ("gradients_kv", 192): (T(32, 128, 8), T(16, 64, 4)),
     ("gradients_kv", 256): (T(32, 128, 8), T(32, 64, 4), T(16, 32, 2)),
     ("gradients_q", 32): (T(128, 64, 4),),
     ("gradients_q", 64): (T(128, 64, 4),),
@@ -38,12 +38,20 @@ TILES = {
     ("gradients_q", 192): (T(128, 32, 8), T(64, 16, 4)),
     ("gradients_q", 256): (T(64, 32, 4), T(32, 32, 2)),
 }
+# With softcap or ALiBi, or a scale that is not positive: where TILES would not leave the registers that it takes.
+DRESSED = {
+    ("forward", 64): T(128, 64, 4),
+    ("forward", 128): T(128, 32, 4),
+    ("gradients_kv", 96): T(32, 64, 4),
+}
 
 
 def tile(kernel: str, maths: Maths) -> Tile:
     """The tile of `kernel` for these sizes on this device."""
     if kernel == "statistics":
         return T(32, 0, 4)
+    if not maths.fold and (kernel, maths.block_d) in DRESSED:
+        return DRESSED[kernel, maths.block_d]
     limit = shared_limit(maths.arch)
     return next(t for t in TILES[kernel, maths.block_d] if shared(kernel, t, maths.block_d) <= limit)
 
@@ -55,7 +63,7 @@ def shared(kernel: str, tile: Tile, block_d: int) -> int:
         "forward": m + tile.stages * 2 * n,
         "statistics": 0,
         "gradients_kv": 2 * n + tile.stages * (2 * m + 2 * 4 * tile.block_m),
-        "gradients_q": 2 * m + tile.stages * 2 * n,
+        "gradients_q": 2 * m + tile.stages * 2 * n + 2 * 4 * tile.block_m,
     }[kernel]
 
 

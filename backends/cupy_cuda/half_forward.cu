@@ -40,21 +40,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_attention_forward(con
 #pragma unroll
         for (int h = 0; h < 2; h++) m_i[m][h] = -INF, l_i[m][h] = 0.0f;
 
-    u32 q_own = own_a(q_tile), kv_offset = 0;
-    u32 k_own = own_b(ring), v_own = own_a(ring + TILE_KV);
-    int next_offset = (STAGES - 1) * 2 * TILE_KV;
+    u32 of_a = lane_a(), of_b = lane_b(), of_q = of_a + own_row * PITCH, here = 0;
     for (int j0 = range.lo; j0 < range.hi; j0 += BLOCK_N) {
         copy_wait<STAGES - 2>();
         __syncthreads();  // the tile of this round is there, and the one of the last is read
         int ahead = j0 + (STAGES - 1) * BLOCK_N;
         if (ahead < range.hi) {
-            load_tile<BLOCK_N>(ring + next_offset, k, p.sk.row, ahead, p.seq_kv, p.head_dim);
-            load_tile<BLOCK_N>(ring + next_offset + TILE_KV, v, p.sv.row, ahead, p.seq_kv, p.head_dim);
+            u32 next = ring + (here == 0 ? (STAGES - 1) * 2 * TILE_KV : here - 2 * TILE_KV);
+            load_tile<BLOCK_N>(next, k, p.sk.row, ahead, p.seq_kv, p.head_dim);
+            load_tile<BLOCK_N>(next + TILE_KV, v, p.sv.row, ahead, p.seq_kv, p.head_dim);
         }
         copy_commit();
 
         float s[M][N][4] = {};
-        multiply_nt(s, q_own, own_row, k_own + kv_offset);
+        multiply_nt(s, q_tile, of_q, ring + here, of_b);
 #if !FOLD
 #pragma unroll
         for (int m = 0; m < M; m++)
@@ -118,9 +117,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_attention_forward(con
 #pragma unroll
                     for (int e = 0; e < 4; e++) acc[m][d][e] *= alpha[m][e / 2];
         }
-        multiply_nn(acc, weights, v_own + kv_offset);
-        kv_offset = kv_offset == (STAGES - 1) * 2 * TILE_KV ? 0 : kv_offset + 2 * TILE_KV;
-        next_offset = next_offset == (STAGES - 1) * 2 * TILE_KV ? 0 : next_offset + 2 * TILE_KV;
+        multiply_nn(acc, weights, ring + here + TILE_KV, of_a);
+        here = here == (STAGES - 1) * 2 * TILE_KV ? 0 : here + 2 * TILE_KV;
     }
     copy_wait<0>();
     __syncthreads();  // no copy is on its way into the rows that are written now, also where there was no key

@@ -16,12 +16,9 @@ static_assert(SHARED == 2 * TILE_N + STAGES * STAGE, "the host and this file agr
 __device__ __forceinline__ void load_queries(const Params &p, u32 to, int batch, int head, int row) {
     load_tile<BLOCK_M>(to, static_cast<const half_bits *>(p.q) + batch * p.sq.batch + head * p.sq.head, p.sq.row, row, p.seq_q, p.head_dim);
     load_tile<BLOCK_M>(to + TILE_M, static_cast<const half_bits *>(p.go) + batch * p.sgo.batch + head * p.sgo.head, p.sgo.row, row, p.seq_q, p.head_dim);
-    int index = threadIdx.x, rows = index % (BLOCK_M / 4) * 4;
-    if (index < BLOCK_M / 2) {
-        const float *from = index < BLOCK_M / 4 ? p.lse2 : p.delta;
-        from += (static_cast<long long>(batch) * p.heads + head) * p.rows_padded + row + rows;
-        copy_async(to + 2 * TILE_M + (index < BLOCK_M / 4 ? 0 : 4 * BLOCK_M) + 4 * rows, from, 16);
-    }
+    long long rows = (static_cast<long long>(batch) * p.heads + head) * p.rows_padded + row;
+    load_floats<BLOCK_M>(to + 2 * TILE_M, p.lse2 + rows);
+    load_floats<BLOCK_M>(to + 2 * TILE_M + 4 * BLOCK_M, p.delta + rows);
 }
 
 // What all query rows of the group that see the block's keys add to dk (without the scale) and dv.
@@ -31,28 +28,30 @@ __device__ __forceinline__ void gather(const Params &p, const Range &range, int 
     u32 ring = kv + 2 * TILE_N;
     int lane = threadIdx.x % 32, own_row = threadIdx.x / 32 * 16 * M;
     int offset = p.seq_kv - p.seq_q, j0 = start + own_row + lane / 4;
-    int tiles = cdiv(range.hi - range.lo, BLOCK_M), total = range.hi > range.lo ? tiles * p.group : 0;
-    u32 k_own = own_a(kv), v_own = own_a(kv + TILE_N);
-    u32 q_rows = own_b(ring), q_sums = own_a(ring);
+    u32 of_a = lane_a(), of_b = lane_b(), of_k = of_a + own_row * PITCH;
 
+    int head = head_kv * p.group, end = range.hi > range.lo ? head + p.group : head, row = range.lo;
+    int ahead_head = head, ahead_row = row;  // of the tile that is fetched next
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
-        if (s < total) load_queries(p, ring + s * STAGE, batch, head_kv * p.group + s / tiles, range.lo + s % tiles * BLOCK_M);
+        if (ahead_head < end) load_queries(p, ring + s * STAGE, batch, ahead_head, ahead_row);
         copy_commit();
+        if ((ahead_row += BLOCK_M) >= range.hi) ahead_row = range.lo, ahead_head++;
     }
-    u32 here = 0, next = (STAGES - 1) * STAGE;
-    for (int round = 0; round < total; round++) {
+    u32 here = 0;
+    while (head < end) {
+        forget(of_k);
         copy_wait<STAGES - 2>();
         __syncthreads();  // the tile of this round is there, and the one of the last is read
-        int ahead = round + STAGES - 1;
-        if (ahead < total) load_queries(p, ring + next, batch, head_kv * p.group + ahead / tiles, range.lo + ahead % tiles * BLOCK_M);
+        if (ahead_head < end) load_queries(p, ring + (here == 0 ? (STAGES - 1) * STAGE : here - STAGE), batch, ahead_head, ahead_row);
         copy_commit();
-        int row = range.lo + round % tiles * BLOCK_M, i0 = row + offset + lane % 4 * 2;
-        float slope = slope_of(p, batch, head_kv * p.group + round / tiles);
+        if ((ahead_row += BLOCK_M) >= range.hi) ahead_row = range.lo, ahead_head++;
+        int i0 = row + offset + lane % 4 * 2;
+        float slope = slope_of(p, batch, head);
         u32 lse2 = ring + here + 2 * TILE_M + lane % 4 * 8, delta = lse2 + 4 * BLOCK_M;
 
         float s[M][N][4] = {};
-        multiply_nt(s, k_own, own_row, q_rows + here);
+        multiply_nt(s, kv, of_k, ring + here, of_b);
         u32 weights[M][N][2];
         float factor[M][N][4];
 #pragma unroll
@@ -87,23 +86,27 @@ __device__ __forceinline__ void gather(const Params &p, const Range &range, int 
 #pragma unroll
                 for (int e = 0; e < 4; e++) s[m][n][e] *= factor[m][n][e];
             }
-        if constexpr (DV) multiply_nn(dv, weights, q_sums + here + TILE_M);
+        if constexpr (DV) multiply_nn(dv, weights, ring + here + TILE_M, of_a);
         if constexpr (DK) {
-            float dp[M][N][4] = {};
-            multiply_nt(dp, v_own, own_row, q_rows + here + TILE_M);
+            float dp[M][N][4];  // dp - delta
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 float2 base = load_pair(delta + 32 * n);
 #pragma unroll
-                for (int m = 0; m < M; m++) {
-                    weights[m][n][0] = pack(s[m][n][0] * (dp[m][n][0] - base.x), s[m][n][1] * (dp[m][n][1] - base.y));
-                    weights[m][n][1] = pack(s[m][n][2] * (dp[m][n][2] - base.x), s[m][n][3] * (dp[m][n][3] - base.y));
-                }
+                for (int m = 0; m < M; m++) dp[m][n][0] = dp[m][n][2] = -base.x, dp[m][n][1] = dp[m][n][3] = -base.y;
             }
-            multiply_nn(dk, weights, q_sums + here);
+            multiply_nt(dp, kv + TILE_N, of_k, ring + here + TILE_M, of_b);
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    weights[m][n][0] = pack(s[m][n][0] * dp[m][n][0], s[m][n][1] * dp[m][n][1]);
+                    weights[m][n][1] = pack(s[m][n][2] * dp[m][n][2], s[m][n][3] * dp[m][n][3]);
+                }
+            multiply_nn(dk, weights, ring + here, of_a);
         }
         here = here == (STAGES - 1) * STAGE ? 0 : here + STAGE;
-        next = next == (STAGES - 1) * STAGE ? 0 : next + STAGE;
+        if ((row += BLOCK_M) >= range.hi) row = range.lo, head++;
     }
     copy_wait<0>();
     __syncthreads();  // K and V have arrived also where no query sees them, and the ring is free again

@@ -6,7 +6,7 @@ extern __shared__ __align__(1024) unsigned char memory[];
 constexpr int TILE_M = BLOCK_M * PITCH, TILE_N = BLOCK_N * PITCH, D = BLOCK_D / 8;
 constexpr int M = BLOCK_M / (16 * WARPS), N = BLOCK_N / 8;
 static_assert(M * 16 * WARPS == BLOCK_M && N % 2 == 0 && STAGES >= 2, "a tile of whole mma blocks");
-static_assert(SHARED == 2 * TILE_M + STAGES * 2 * TILE_N, "the host and this file agree on shared memory");
+static_assert(SHARED == 2 * TILE_M + STAGES * 2 * TILE_N + 2 * 4 * BLOCK_M, "the host and this file agree on shared memory");
 
 // dq[i] = sum_j ds[i,j] k[j], for BLOCK_M rows of one head
 extern "C" __global__ void __launch_bounds__(THREADS) cuda_gradients_q(const __grid_constant__ Params p) {
@@ -23,6 +23,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_gradients_q(const __g
     u32 q_tile = shared_address(memory), ring = q_tile + 2 * TILE_M;
     load_tile<BLOCK_M>(q_tile, static_cast<const half_bits *>(p.q) + batch * p.sq.batch + head * p.sq.head, p.sq.row, start, p.seq_q, p.head_dim);
     load_tile<BLOCK_M>(q_tile + TILE_M, static_cast<const half_bits *>(p.go) + batch * p.sgo.batch + head * p.sgo.head, p.sgo.row, start, p.seq_q, p.head_dim);
+    u32 lse2 = ring + STAGES * 2 * TILE_N, delta = lse2 + 4 * BLOCK_M;
+    load_floats<BLOCK_M>(lse2, p.lse2 + static_cast<long long>(pid / tiles) * p.rows_padded + start);
+    load_floats<BLOCK_M>(delta, p.delta + static_cast<long long>(pid / tiles) * p.rows_padded + start);
+    lse2 += 4 * (own_row + lane / 4), delta += 4 * (own_row + lane / 4);  // this thread's rows
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
         int j = range.lo + s * BLOCK_N;
@@ -32,40 +36,46 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_gradients_q(const __g
         }
         copy_commit();
     }
-    float lse2[M][2], delta[M][2], dq[M][D][4] = {};
-#pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            long long row = static_cast<long long>(pid / tiles) * p.rows_padded + start + own_row + lane / 4 + 16 * m + 8 * h;
-            lse2[m][h] = p.lse2[row], delta[m][h] = p.delta[row];
-        }
-
-    u32 q_own = own_a(q_tile), k_rows = own_b(ring), k_sums = own_a(ring);
-    u32 here = 0, next = (STAGES - 1) * 2 * TILE_N;
+    float dq[M][D][4] = {};
+    u32 of_a = lane_a(), of_b = lane_b(), of_q = of_a + own_row * PITCH;
+    u32 here = 0;
     for (int j0 = range.lo; j0 < range.hi; j0 += BLOCK_N) {
+        forget(of_b);
         copy_wait<STAGES - 2>();
         __syncthreads();  // the tile of this round is there, and the one of the last is read
         int ahead = j0 + (STAGES - 1) * BLOCK_N;
         if (ahead < range.hi) {
-            load_tile<BLOCK_N>(ring + next, k, p.sk.row, ahead, p.seq_kv, p.head_dim);
-            load_tile<BLOCK_N>(ring + next + TILE_N, v, p.sv.row, ahead, p.seq_kv, p.head_dim);
+            u32 next = ring + (here == 0 ? (STAGES - 1) * 2 * TILE_N : here - 2 * TILE_N);
+            load_tile<BLOCK_N>(next, k, p.sk.row, ahead, p.seq_kv, p.head_dim);
+            load_tile<BLOCK_N>(next + TILE_N, v, p.sv.row, ahead, p.seq_kv, p.head_dim);
         }
         copy_commit();
 
-        float s[M][N][4] = {}, dp[M][N][4] = {};
-        multiply_nt(s, q_own, own_row, k_rows + here);
-        multiply_nt(dp, q_own + TILE_M, own_row, k_rows + here + TILE_N);
+        float s[M][N][4] = {}, dp[M][N][4];  // dp - delta
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int n = 0; n < N; n++)
+            for (int h = 0; h < 2; h++) {
+                float base = -load_one(delta + 4 * (16 * m + 8 * h));
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    int i = i0 + 16 * m + e / 2 * 8, j = j0 + 8 * n + lane % 4 * 2 + e % 2;
-                    float factor = weigh(p, s[m][n][e], i, j, slope, lse2[m][e / 2]);
-                    s[m][n][e] *= factor * (dp[m][n][e] - delta[m][e / 2]);
-                }
+                for (int n = 0; n < N; n++) dp[m][n][2 * h] = dp[m][n][2 * h + 1] = base;
+            }
+        multiply_nt(s, q_tile, of_q, ring + here, of_b);
+        multiply_nt(dp, q_tile + TILE_M, of_q, ring + here + TILE_N, of_b);
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float base = load_one(lse2 + 4 * (16 * m + 8 * h));
+#pragma unroll
+                for (int n = 0; n < N; n++)
+#pragma unroll
+                    for (int e = 2 * h; e < 2 * h + 2; e++) {
+                        int i = i0 + 16 * m + 8 * h, j = j0 + 8 * n + lane % 4 * 2 + e % 2;
+                        float factor = weigh(p, s[m][n][e], i, j, slope, base);
+                        s[m][n][e] *= factor * dp[m][n][e];
+                    }
+            }
         if (j0 < range.full_lo || j0 >= range.full_hi) {  // p of a hidden key may be inf, and its dp inf or nan
 #pragma unroll
             for (int m = 0; m < M; m++)
@@ -88,9 +98,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_gradients_q(const __g
                 ds[m][n][0] = pack(s[m][n][0], s[m][n][1]);
                 ds[m][n][1] = pack(s[m][n][2], s[m][n][3]);
             }
-        multiply_nn(dq, ds, k_sums + here);
+        multiply_nn(dq, ds, ring + here, of_a);
         here = here == (STAGES - 1) * 2 * TILE_N ? 0 : here + 2 * TILE_N;
-        next = next == (STAGES - 1) * 2 * TILE_N ? 0 : next + 2 * TILE_N;
     }
     copy_wait<0>();
     __syncthreads();  // no copy is on its way into the rows that are written now, also where there was no key

@@ -1,9 +1,11 @@
-// The machine's own instructions (PTX ISA, section 9.7), and nothing else: a test compiles the kernels for the host with
-// another file in the place of this one.
+// The machine's own instructions (PTX ISA, section 9.7), and nothing else: tests/mma_on_cpu.cpp has its own of each, and
+// runs the kernels on a CPU.
 #pragma once
 
 typedef unsigned u32;
 typedef unsigned short half_bits;
+
+#ifndef ON_CPU
 
 __device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp, exp2(-inf) = 0
     float y;
@@ -18,6 +20,10 @@ __device__ __forceinline__ float log2_approx(float x) {
 }
 
 __device__ __forceinline__ u32 shared_address(const void *x) { return static_cast<u32>(__cvta_generic_to_shared(x)); }
+
+// x, of which the compiler forgets what it knows: what is computed from it is not kept over a loop in registers that are
+// needed for more.
+__device__ __forceinline__ void forget(u32 &x) { asm volatile("" : "+r"(x)); }
 
 // ---- 16-bit numbers: PRECISION 0 is fp16, 1 bf16
 
@@ -45,9 +51,9 @@ __device__ __forceinline__ float widen(half_bits x) {
 // c += a b for a 16x16, b 16x8, c 16x8. A thread of lane 4g + t has rows g and g + 8, columns 2t and 2t + 1 of c.
 __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #if PRECISION == 0
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 #else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 #endif
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -87,9 +93,17 @@ __device__ __forceinline__ void load_shared(u32 (&x)[4], u32 from) {
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
 }
 
+__device__ __forceinline__ float load_one(u32 from) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
+    return x;
+}
+
 // Two neighbouring floats.
 __device__ __forceinline__ float2 load_pair(u32 from) {
     float2 x;
     asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
     return x;
 }
+
+#endif
