@@ -1,0 +1,147 @@
+"""The CUDA sources of the cupy backend run on a CPU: right in every class of maths, and every planted fault is seen.
+
+A choice by default; `pytest tests/emulator --every-kernel` has every padded head_dim with and without options.
+"""
+
+from __future__ import annotations
+
+import shutil
+from itertools import product
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from cuda_on_cpu import COMPILER, CudaOnCPU
+from judged import Case
+
+from flash2.backends.cupy_cuda import compile, launch
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="no g++"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+GROUPED = {"heads_q": 2, "heads_kv": 1}
+FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "causal": ({**GROUPED, "seq_q": 70, "seq_kv": 130, "causal": True}, {"layout": "bshd"}),
+    "full": ({"seq_q": 37, "seq_kv": 65}, {"upstream": "transpose"}),
+    "empty-rows": ({**GROUPED, "seq_q": 150, "seq_kv": 40, "causal": True}, {}),
+    "everything": (
+        {**GROUPED, "seq_q": 66, "seq_kv": 140, "causal": True, "window": (50, 0), "softcap": 5.0, "alibi": True},
+        {"layout": "sliced", "upstream": "sum"},
+    ),
+}  # fmt: skip
+# (class of maths, head_dim): one for every padded head_dim. A head_dim that is not one itself leaves columns over,
+# and an odd one rows that are no multiples of 16 bytes.
+SIZES = [
+    *product(("bf16", "fp16"), (32, 64, 75, 128, 192, 250)),
+    *product(("ieee", "tf32"), (61, 128, 250)),
+    ("tf32", 32),
+]
+CHOICE = [
+    ("bf16", 64, "causal"), ("bf16", 64, "empty-rows"), ("fp16", 75, "everything"), ("bf16", 192, "full"),
+    ("ieee", 61, "causal"), ("ieee", 61, "everything"), ("tf32", 61, "causal"), ("tf32", 61, "everything"),
+]  # fmt: skip
+
+
+def pytest_generate_tests(metafunc):
+    if "cell" in metafunc.fixturenames:
+        whole = [(*size, feature) for size in SIZES for feature in FEATURES]
+        cells = whole if metafunc.config.getoption("every_kernel") else CHOICE
+        metafunc.parametrize("cell", cells, ids=lambda cell: "-".join(map(str, cell)))
+
+
+def judge(backend: CudaOnCPU, precision: str, head_dim: int, feature: str, pass_: str = "fwd+bwd") -> None:
+    """Judged; AssertionError, or RuntimeError for what the emulator itself forbids."""
+    case = Case(backend, precision, torch.device("cpu"))
+    fields, how = FEATURES[feature]
+    case.judge(case.problem(batch=1, head_dim=head_dim, pass_=pass_, **{"heads_q": 1, **fields}), **how)
+
+
+def test_right(cell):
+    for eager in (False, True):
+        judge(CudaOnCPU(eager), *cell)
+
+
+def test_the_choice_has_every_source_and_class():
+    sources = {name for family in launch.FAMILIES.values() for name in family.sources.values()}
+    assert sources == {path.name for path in compile.SOURCES.glob("*.cu")}
+    assert {precision for precision, *_ in CHOICE} == set(launch.FAMILIES)
+
+
+# bug -> (file, what stands there, what is planted, class of maths, features); seen by the forward alone unless the file
+# is the backward's
+PLANTED = {
+    "no wait for a copy": (
+        "half_forward.cu", "copy_wait<STAGES - 2>();", "", "bf16", "causal"),
+    "a copy that outlives the block": (
+        "half_forward.cu", "copy_wait<0>();\n", "\n", "bf16", "empty-rows"),
+    "no barrier before a tile is overwritten": (
+        "half_forward.cu", "__syncthreads();  // the tile of this round", "//", "bf16", "causal"),
+    "a barrier that some threads leave out": (
+        "half_forward.cu", "__syncthreads();  // the tile of this round", "if (lane) __syncthreads();  //", "bf16", "causal"),
+    "one hidden key too many": (
+        "half_forward.cu", "int high = min(i + p.right,", "int high = min(i + p.right - 1,", "bf16", "causal"),
+    "a tile on the diagonal taken as full": (
+        "problem.cuh", "max(first + p.right + 1, 0)) / BLOCK * BLOCK", "max(first + p.right + 1, 0) + BLOCK) / BLOCK * BLOCK",
+        "bf16", "causal"),
+    "the diagonal from the top left": (
+        "problem.cuh", "int offset = p.seq_kv - p.seq_q;  // bottom-right", "int offset = 0;  //", "bf16", "causal"),
+    "o not rescaled": (
+        "half_forward.cu", "acc[m][d][e] *= alpha[m][e / 2];", ";", "bf16", "causal"),
+    "the neighbour's rows of K": (
+        "half.cuh", "at((lane & 7) | ((lane >> 4) << 3)", "at((lane & 7) | ((lane >> 4) << 2)", "bf16", "causal"),
+    "a chunk stored in another's place": (
+        "half.cuh", "copy_async(to + at(row, chunk), head +", "copy_async(to + at(row + 1, chunk), head +", "bf16", "causal"),
+    "the wrong head of K and V": (
+        "half_forward.cu", "head_kv = head / p.group;", "head_kv = min(head, p.heads / p.group);", "bf16", "causal"),
+    "the next round's Q before all have read this one": (
+        "half_gradients_kv.cu", "__syncthreads();  // the tile of this round", "//", "bf16", "causal"),
+    "a hidden pair counted in dK and dV": (
+        "half_gradients_kv.cu", "j > i + p.right) s", "j > i + p.right + 1) s", "bf16", "causal"),
+    "keys from the first query that sees one, off by a tile": (
+        "problem.cuh", "r.lo = max(start - offset - p.right, 0) / BLOCK * BLOCK;",
+        "r.lo = cdiv(max(start - offset - p.right, 0), BLOCK) * BLOCK;", "bf16", "causal"),
+    "dK without the scale": (
+        "half_gradients_kv.cu", "dk[m][d][e] *= p.dscale;", ";", "bf16", "causal"),
+    "V overwritten while another warp reads it": (
+        "half_gradients_kv.cu", "u32 of_a = lane_a(), of_b = lane_b(), of_k = of_a + own_row * PITCH;",
+        "u32 of_a = lane_a(), of_b = lane_b(), of_k = of_a;", "bf16", "causal"),
+    "delta with the wrong sign": (
+        "half_gradients_q.cu", "float base = -load_one(delta", "float base = load_one(delta", "bf16", "causal"),
+    "a row that saw no key, not told apart": (
+        "half_statistics.cu", "lse == -INF ? INF : lse * LOG2E", "lse * LOG2E", "bf16", "empty-rows"),
+    "a float32 ring that waits for one copy too few": (
+        "fp32.cuh", "copy_wait<STAGES - 2>();\n        load", "copy_wait<STAGES - 1>();\n        load", "ieee", "causal"),
+    "a float32 ring without its barrier": (
+        "fp32.cuh", "        __syncthreads();\n        load(stages", "        load(stages", "tf32", "causal"),
+    "the columns of P in another order than V's rows": (
+        "fp32_tf32.cuh", "b += 4 * (2 * lane.t * PITCH", "b += 4 * (lane.t * PITCH", "tf32", "causal"),
+}  # fmt: skip
+BACKWARD = {
+    "half_gradients_kv.cu", "half_gradients_q.cu", "half_statistics.cu",
+    "keys from the first query that sees one, off by a tile",
+}  # fmt: skip
+SMALL = {"forward": "32x32 w2 s2", "gradients_kv": "32x32 w2 s2", "gradients_q": "32x32 w2 s2"}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_fault_is_seen(bug, tmp_path):
+    name, before, after, precision, feature = PLANTED[bug]
+    for path in compile.SOURCES.glob("*.cu*"):
+        shutil.copy(path, tmp_path)
+    text = (tmp_path / name).read_text()
+    assert text.count(before) == 1, f"{before!r} stands {text.count(before)} times in {name}"
+    (tmp_path / name).write_text(text.replace(before, after))
+    pins = SMALL if precision == "bf16" else {}
+    head_dim, pass_ = 32 if precision == "bf16" else 61, "fwd+bwd" if name in BACKWARD or bug in BACKWARD else "fwd"
+    both = [CudaOnCPU(eager).pin(**pins) for eager in (False, True)]
+    with mock.patch.object(compile, "SOURCES", tmp_path), pytest.raises((AssertionError, RuntimeError)):
+        [judge(backend, precision, head_dim, feature, pass_) for backend in both]
+
+
+def test_small_tiles_are_right():
+    """What the faults are planted in is right without them."""
+    for feature, eager in product(("causal", "empty-rows"), (False, True)):
+        judge(CudaOnCPU(eager).pin(**SMALL), "bf16", 32, feature)
