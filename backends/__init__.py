@@ -26,13 +26,14 @@ BUILTIN = {
     "triton": "flash2.backends.triton_fa2:TritonFA2",
     "gluon": "flash2.backends.gluon_hopper:GluonHopper",
     "gluon-deterministic": "flash2.backends.gluon_hopper:GluonDeterministic",
+    "cupy": "flash2.backends.cupy_cuda:CupyCuda",
     "fa2": "flash2.backends.peers.flash_attention:FA2",
     "fa3": "flash2.backends.peers.flash_attention:FA3",
     "fa4": "flash2.backends.peers.flash_attention:FA4",
     "auto": "flash2.core.auto:Auto",  # the fastest of the others that can
 }
 # Names of kernels that are on their way: nobody else may take them, and asking for one says so.
-RESERVED: tuple[str, ...] = ("cupy",)
+RESERVED: tuple[str, ...] = ()
 # What attention(backend=None) means on each device type.
 DEFAULTS = {"cpu": "numba", "cuda": "triton"}
 ENTRY_POINT_GROUP = "flash2.backends"
