@@ -1,0 +1,110 @@
+"""Every CUDA kernel of the cupy backend compiled to SASS for every architecture: no spills, the instructions meant.
+
+A choice of them by default; `pytest tests/compile --every-kernel` has all, about half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from cuda_builds import NAMES, NVCC, build, complaints
+
+from flash2.backends.cupy_cuda import launch
+from flash2.core.problem import Problem
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+
+FEATURES = {
+    "plain": {},
+    "alibi": {"alibi": True},
+    "softcap": {"softcap": 30.0},
+    "dressed": {"softcap": 30.0, "alibi": True},
+    "negative": {"scale": -0.1},
+}
+KERNELS = ("forward", "statistics", "gradients_kv", "gradients_q")
+MATRIX = {
+    f"sm{arch}-{precision}-d{head_dim}-{feature}-{kernel}": (arch, precision, head_dim, feature, kernel)
+    for arch in NAMES
+    for precision, family in launch.FAMILIES.items()
+    for head_dim in family.head_dims
+    for feature in FEATURES
+    for kernel in KERNELS
+    if feature == "plain" or kernel != "statistics"
+}
+CHOICE = [
+    "sm90-bf16-d64-plain-forward",
+    "sm90-bf16-d128-plain-forward",
+    "sm90-bf16-d64-plain-gradients_kv",
+    "sm90-bf16-d128-plain-gradients_q",
+    "sm90-bf16-d64-plain-statistics",
+    "sm90-tf32-d64-plain-forward",
+    "sm90-ieee-d64-plain-forward",
+    "sm90-ieee-d64-plain-gradients_kv",
+    "sm80-fp16-d192-softcap-gradients_kv",
+    "sm80-tf32-d128-alibi-gradients_q",
+    "sm80-bf16-d96-dressed-forward",
+    "sm100-fp16-d256-negative-forward",
+    "sm100-tf32-d64-plain-gradients_kv",
+    "sm120-bf16-d32-plain-forward",
+    "sm120-ieee-d256-plain-gradients_q",
+]
+
+
+def kernel_of(arch: int, precision: str, head_dim: int, feature: str, name: str, pins=None) -> launch.Kernel:
+    """The kernel that such a problem launches."""
+    dtype = precision if precision in ("fp16", "bf16") else "fp32"
+    fields = {"seq_q": 512, "pass_": "fwd+bwd", **FEATURES[feature]}
+    problem = Problem(heads_q=2, head_dim=head_dim, dtype=dtype, precision=precision, **fields)
+    return next(kernel for kernel in launch.kernels_of(problem, arch, pins or {}) if kernel.name == name)
+
+
+def pytest_generate_tests(metafunc):
+    if "cell" in metafunc.fixturenames:
+        names = list(MATRIX) if metafunc.config.getoption("every_kernel") else CHOICE
+        metafunc.parametrize("cell", [pytest.param(MATRIX[name], id=name) for name in names])
+
+
+@pytest.fixture(scope="module")
+def compiling(request):
+    """cell -> future of its Build: all that were selected, compiled side by side from the start."""
+    items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    cells = [item.callspec.params["cell"] for item in items if "cell" in getattr(item, "fixturenames", ())]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {cell: pool.submit(build, kernel_of(*cell), cell[0]) for cell in cells}
+        pool.shutdown(cancel_futures=True)
+
+
+def test_shipped(compiling, cell):
+    arch, precision, *_ = cell
+    assert not complaints(compiling[cell].result(), kernel_of(*cell), precision, arch)
+
+
+# ---- the check itself
+
+
+def test_the_choice_covers_the_matrix():
+    """No axis of the matrix has a value that only --every-kernel compiles."""
+    chosen, whole = zip(*(MATRIX[name] for name in CHOICE), strict=True), zip(*MATRIX.values(), strict=True)
+    for some, every in zip(chosen, whole, strict=True):
+        assert set(some) == set(every)
+
+
+# bug -> (cell, pinned tile, the class it is checked as, what is said)
+PLANTED = {
+    "a tile that spills": ("sm90-bf16-d128-plain-forward", "128x128 w4 s2", "bf16", "spilled"),
+    "one with too much shared memory": ("sm120-bf16-d128-plain-forward", "128x64 w4 s4", "bf16", "shared memory"),
+    "tensor cores in IEEE arithmetic": ("sm80-tf32-d32-plain-gradients_q", None, "ieee", "['HMMA'] where none"),
+    "TF32 without tensor cores": ("sm80-ieee-d64-plain-gradients_q", None, "tf32", "none where ['HMMA']"),
+    "a tile that is no tile": ("sm80-bf16-d64-plain-forward", "24x64 w4 s2", "bf16", "whole mma blocks"),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_violation_is_found(bug):
+    name, tile, checked_as, says = PLANTED[bug]
+    cell = MATRIX[name]
+    kernel = kernel_of(*cell, pins={cell[-1]: launch.parse_tile(tile)} if tile else None)
+    found = complaints(build(kernel, cell[0]), kernel, checked_as, cell[0])
+    assert any(says in what for what in found), found
