@@ -260,7 +260,7 @@ def module_of(source: str, defines: tuple[tuple[str, int], ...], device: torch.d
 class Plan:
     """Kernels that run one after the other on the same Params, of which a call fills in the pointers."""
 
-    __slots__ = ("arguments", "buffer", "device", "kernels", "launch", "lock", "pointer")
+    __slots__ = ("arguments", "buffer", "context", "device", "kernels", "launch", "lock", "pointer")
 
     def __init__(self, kernels: list[Kernel], constants: bytes, device: torch.device) -> None:
         self.kernels, self.device = kernels, device
@@ -269,10 +269,13 @@ class Plan:
         self.arguments = ctypes.addressof(self.pointer)  # the driver's void **kernelParams, of one parameter
         self.lock = threading.Lock()  # autograd's thread and the caller's share the buffer
         self.launch: Callable | None = None
+        self.context: Callable | None = None
 
     def __call__(self, *pointers: int) -> None:
         if self.launch is None:
             self.load()
+        if not self.context():  # a thread of autograd's that has not asked the runtime for anything yet
+            enter_context(self.device)
         launch, arguments = self.launch, self.arguments
         stream = torch.cuda.current_stream(self.device).cuda_stream
         with self.lock:
@@ -285,9 +288,18 @@ class Plan:
         # CuPy's own binding of cuLaunchKernel: its RawKernel would look at every argument's type in every call.
         from cupy_backends.cuda.api import driver
 
+        enter_context(self.device)
         for kernel in self.kernels:
             kernel.load(self.device)
-        self.launch = driver.launchKernel
+        self.launch, self.context = driver.launchKernel, driver.ctxGetCurrent
+
+
+def enter_context(device: torch.device) -> None:
+    """Make the context of `device`, which torch shares, this thread's: the driver's own launch does not."""
+    from cupy_backends.cuda.api import runtime
+
+    runtime.setDevice(device.index)
+    runtime.free(0)  # before CUDA 12 setDevice alone left it to the next call
 
 
 def parse_tile(text: str) -> Tile:
