@@ -13,8 +13,10 @@ class ForwardConfig:
     groups: consumer partitions of 64 query rows, 2 or 3. block_n: keys a step. kv_slots, q_slots: buffers of the rings
     of K and V and of Q; q_slots 0 is one that o leaves through too. turns: the groups alternate at the tensor cores.
     late_sum: a row's sum is gathered from its four threads once, at the end. ordered: the wait for P V stands behind
-    the exponentials, where ptxas cannot move it. q_in_registers: Q is a register operand of Q K^T. planned: the order
-    of the row tiles comes from schedule.py. persistent: one block per multiprocessor, not one per row tile.
+    the exponentials, where ptxas cannot move it. q_columns: so many columns of Q (0, half or all of those computed) are
+    a register operand of Q K^T. overlap: a group's softmax runs beside its own P V, not beside the other groups'
+    products alone. lazy: sums are rescaled when a row's maximum has grown by 2^8, not whenever it grows. planned: the
+    order of the row tiles comes from schedule.py. persistent: one block per multiprocessor, not one per row tile.
     """
 
     groups: int = 2
@@ -24,7 +26,9 @@ class ForwardConfig:
     turns: bool = True
     late_sum: bool = True
     ordered: bool = True
-    q_in_registers: bool = False
+    q_columns: int = 0
+    overlap: bool = True
+    lazy: bool = False
     planned: bool = False
     persistent: bool = True
 
@@ -39,9 +43,10 @@ class ForwardConfig:
         return {2: 240, 3: 160}[self.groups]
 
     def __str__(self) -> str:
-        flags = ("turns", "late_sum", "ordered", "q_in_registers", "planned", "persistent")
+        flags = ("turns", "late_sum", "ordered", "overlap", "lazy", "planned", "persistent")
         named = "".join(f" {flag}" for flag in flags if getattr(self, flag))
-        return f"{self.block_m}x{self.block_n} k{self.kv_slots} q{self.q_slots}{named}"
+        registers = f" q_columns {self.q_columns}" if self.q_columns else ""
+        return f"{self.block_m}x{self.block_n} k{self.kv_slots} q{self.q_slots}{registers}{named}"
 
     def replace(self, **changes: object) -> ForwardConfig:
         """The same configuration with some fields changed."""
@@ -63,7 +68,7 @@ def forward(head_dim: int, *, band: bool, dressed: bool, seq: int) -> ForwardCon
             config = config.replace(planned=False, persistent=False, ordered=False, late_sum=False)
         return config
     if width == 128:
-        return ForwardConfig(q_slots=1, q_in_registers=True, planned=True) if band else ForwardConfig()
+        return ForwardConfig(q_slots=1, q_columns=128, planned=True) if band else ForwardConfig()
     if seq >= (2048 if band else 1024) and not dressed:
         config = ForwardConfig(groups=3, turns=False, ordered=False, late_sum=band, planned=band)
         return config.replace(persistent=False) if band and seq >= 16384 else config

@@ -275,6 +275,44 @@ def row_sum(p, LATE_SUM: gl.constexpr):
         return gl.sum(p, 1)
 
 
+@gluon.constexpr_function
+def _multiply_unless_one(n):
+    moves = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    return (
+        f"{{ .reg .pred t, u; setp.eq.f32 t, ${2 * n}, 0f3F800000; setp.eq.and.f32 t, ${2 * n + 2}, 0f3F800000, t; "
+        f"vote.sync.all.pred u, t, 0xffffffff; @u bra done; {moves} done: }}"
+    )
+
+
+@gluon.constexpr_function
+def _in_place(n):
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+
+
+@gluon.jit
+def rescaled(acc, alpha, LAZY: gl.constexpr):
+    """acc * alpha; with LAZY a warp passes over it when the alpha of its 16 rows are all 1."""
+    alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+    if LAZY:
+        # A thread holds two rows, which alternate in pairs of elements.
+        n: gl.constexpr = min(64, acc.shape[1] // 2)
+        alpha, acc = gl.broadcast(alpha, acc)
+        return gl.inline_asm_elementwise(
+            _multiply_unless_one(n), _in_place(n), [acc, alpha], dtype=gl.float32, is_pure=True, pack=n
+        )
+    else:
+        return acc * alpha
+
+
+@gluon.jit
+def raised(m_i, s_max, LAZY: gl.constexpr):
+    """What to subtract of the logits from now on: their largest, or, with LAZY, what it was until that is 2^8 larger."""
+    if LAZY:
+        return gl.where(s_max > m_i + 8.0, s_max, m_i)
+    else:
+        return gl.maximum(m_i, s_max)
+
+
 @gluon.jit
 def rescaled_sum(l_i, alpha, p, LATE_SUM: gl.constexpr):
     if LATE_SUM:
@@ -283,6 +321,24 @@ def rescaled_sum(l_i, alpha, p, LATE_SUM: gl.constexpr):
 
 
 # ---- consumer
+
+
+@gluon.jit
+def issue_scores(q, k, SHAPE: gl.constexpr, Q_COLUMNS: gl.constexpr):
+    """Begin S = Q K^T; q is (its first Q_COLUMNS columns in registers, all of it in shared memory)."""
+    _groups, BN, D, _kv_slots, _q_slots = SHAPE
+    q_registers, q_tile = q
+    zeros = gl.zeros([64, BN], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
+    if Q_COLUMNS == 0:
+        return warpgroup_mma(q_tile, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    elif Q_COLUMNS == D:
+        return warpgroup_mma(q_registers, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    else:
+        left = k.slice(0, Q_COLUMNS, 1).permute((1, 0))
+        s = warpgroup_mma(q_registers, left, zeros, use_acc=False, is_async=True)
+        rest: gl.constexpr = D - Q_COLUMNS
+        right = k.slice(Q_COLUMNS, rest, 1).permute((1, 0))
+        return warpgroup_mma(q_tile.slice(Q_COLUMNS, rest, 1), right, s, is_async=True)
 
 
 @gluon.jit
@@ -312,16 +368,14 @@ def first_tile(
     SHAPE: gl.constexpr, MASKS: gl.constexpr, MATHS: gl.constexpr, HOW: gl.constexpr,
 ):  # fmt: skip
     """S = Q K^T of a group's first key tile, the one with the mask: (p in 16 bits, m_i, l_i)."""
-    TURNS, LATE_SUM, _ordered, _q_in_registers = HOW
-    GROUPS, BN, D, KV_SLOTS, _q_slots = SHAPE
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    TURNS, LATE_SUM, _ordered, Q_COLUMNS, _overlap, _lazy = HOW
+    GROUPS, _bn, D, KV_SLOTS, _q_slots = SHAPE
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     slot, phase = ring(g, KV_SLOTS)
     mbarrier.wait(k_full.index(slot), phase)
     if TURNS:
         bar_sync(turn_of(CID, SHAPE), 256)
-    zeros = gl.zeros([64, BN], gl.float32, S_LAYOUT)
-    s_done = warpgroup_mma(q, k_s.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s_done = issue_scores(q, k_s.index(slot), SHAPE, Q_COLUMNS)
     if TURNS:
         bar_arrive(turn_of(CID + 1, SHAPE), 256)
     s = warpgroup_mma_wait(0, deps=[s_done])  # [64, BN]
@@ -340,42 +394,57 @@ def next_tile(
     CID: gl.constexpr, q, g, p16, acc, m_i, l_i, row0, start_n, kv, fulls, band, scales, MASKED: gl.constexpr,
     SHAPE: gl.constexpr, MASKS: gl.constexpr, MATHS: gl.constexpr, HOW: gl.constexpr,
 ):  # fmt: skip
-    """S = Q K^T of key tile g beside O += P V of tile g - 1, then the softmax of S beside what is left of it."""
-    TURNS, LATE_SUM, ORDERED, _q_in_registers = HOW
-    GROUPS, BN, D, KV_SLOTS, _q_slots = SHAPE
+    """S = Q K^T of key tile g beside O += P V of tile g - 1, then the softmax of S beside what is left of it.
+
+    Without OVERLAP P V goes first and the softmax runs beside the other groups' products alone, whose turn begins
+    when P V is done, so that there is always one product in the queue.
+    """
+    TURNS, LATE_SUM, ORDERED, Q_COLUMNS, OVERLAP, LAZY = HOW
+    GROUPS, _bn, D, KV_SLOTS, _q_slots = SHAPE
     k_s, v_s = kv
     _q_full, k_full, v_full = fulls
     THREADS: gl.constexpr = 128 * (GROUPS + 1)
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     slot, phase = ring(g, KV_SLOTS)
     v_slot, v_phase = ring(g - 1, KV_SLOTS)
-    mbarrier.wait(k_full.index(slot), phase)
-    if TURNS:
-        bar_sync(turn_of(CID, SHAPE), 256)
-    zeros = gl.zeros([64, BN], gl.float32, S_LAYOUT)
-    s_done = warpgroup_mma(q, k_s.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(v_slot), v_phase)
-    o_done = warpgroup_mma(p16, v_s.index(v_slot), acc, is_async=True)
-    if TURNS:
-        bar_arrive(turn_of(CID + 1, SHAPE), 256)
-    s = warpgroup_mma_wait(1, deps=[s_done])  # [64, BN]
+    if OVERLAP:
+        mbarrier.wait(k_full.index(slot), phase)
+        if TURNS:
+            bar_sync(turn_of(CID, SHAPE), 256)
+        s_done = issue_scores(q, k_s.index(slot), SHAPE, Q_COLUMNS)
+        mbarrier.wait(v_full.index(v_slot), v_phase)
+        o_done = warpgroup_mma(p16, v_s.index(v_slot), acc, is_async=True)
+        if TURNS:
+            bar_arrive(turn_of(CID + 1, SHAPE), 256)
+        s = warpgroup_mma_wait(1, deps=[s_done])  # [64, BN]
+    else:
+        mbarrier.wait(v_full.index(v_slot), v_phase)
+        if TURNS:
+            bar_sync(turn_of(CID, SHAPE), 256)
+        o_done = warpgroup_mma(p16, v_s.index(v_slot), acc, is_async=True)
+        mbarrier.wait(k_full.index(slot), phase)
+        s_done = issue_scores(q, k_s.index(slot), SHAPE, Q_COLUMNS)
+        acc = warpgroup_mma_wait(1, deps=[o_done])  # [64, D]
+        bar_arrive(v_slot + v_free(KV_SLOTS), THREADS)
+        if TURNS:
+            bar_arrive(turn_of(CID + 1, SHAPE), 256)
+        s = warpgroup_mma_wait(0, deps=[s_done])  # [64, BN]
     if not ORDERED:
         bar_arrive(slot + k_free(KV_SLOTS), THREADS)
     s = logits(s, scales, MATHS)
     if MASKED:
         s = masked(s, row0, start_n, band, (MASKS[0], False, False))
-    m_new = gl.maximum(m_i, row_max(s, scales, MATHS))
+    m_new = raised(m_i, row_max(s, scales, MATHS), LAZY)
     p = weights(s, m_new, scales, MATHS)
     alpha = gl.exp2(m_i - m_new)
     l_i = rescaled_sum(l_i, alpha, p, LATE_SUM)
     if ORDERED:
         bar_arrive_after(l_i, slot + k_free(KV_SLOTS), THREADS)
-    acc = warpgroup_mma_wait(0, deps=[o_done])  # [64, D]
-    bar_arrive(v_slot + v_free(KV_SLOTS), THREADS)
+    if OVERLAP:
+        acc = warpgroup_mma_wait(0, deps=[o_done])  # [64, D]
+        bar_arrive(v_slot + v_free(KV_SLOTS), THREADS)
     p16 = gl.convert_layout(p.to(k_s.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
-    return p16, acc, m_new, l_i
+    return p16, rescaled(acc, alpha, LAZY), m_new, l_i
 
 
 @gluon.jit
@@ -409,7 +478,7 @@ def consumer(
     q_s, k_s, v_s, o_s = tiles
     q_full, k_full, v_full = fulls
     LEFT, RIGHT, _tail = MASKS
-    TURNS, LATE_SUM, _ordered, Q_IN_REGISTERS = HOW
+    TURNS, LATE_SUM, _ordered, Q_COLUMNS, _overlap, _lazy = HOW
     GROUPS, BN, D, KV_SLOTS, Q_SLOTS = SHAPE
     SLOTS: gl.constexpr = max(Q_SLOTS, 1)
     BM: gl.constexpr = 64 * GROUPS
@@ -431,11 +500,12 @@ def consumer(
         slot = r % SLOTS
         mbarrier.wait(q_full.index(slot * GROUPS + CID), (r // SLOTS) & 1)
         if n > 0:
-            if Q_IN_REGISTERS:
-                q = q_s.index(slot * GROUPS + CID).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+            q_tile = q_s.index(slot * GROUPS + CID)
+            q = (q_tile, q_tile)
+            if Q_COLUMNS > 0:
+                q = (q_tile.slice(0, Q_COLUMNS, 1).load(gl.DotOperandLayout(0, S_LAYOUT, 2)), q_tile)
+            if Q_COLUMNS == D:
                 bar_arrive(slot + q_free(KV_SLOTS), THREADS)
-            else:
-                q = q_s.index(slot * GROUPS + CID)
             p16, m_i, l_i = first_tile(
                 CID, q, g, row0, (end - 1) * BN, k_s, k_full, band, scales, SHAPE, MASKS, MATHS, HOW
             )
@@ -457,7 +527,7 @@ def consumer(
                         CID, q, g, p16, acc, m_i, l_i, row0, (end - 1 - i) * BN, (k_s, v_s), fulls, band, scales, True,
                         SHAPE, MASKS, MATHS, HOW,
                     )  # fmt: skip
-            if Q_SLOTS > 0 and not Q_IN_REGISTERS:
+            if Q_SLOTS > 0 and Q_COLUMNS < D:
                 bar_arrive(slot + q_free(KV_SLOTS), THREADS)
             o, lse_rows = last_product(g, p16, acc, m_i, l_i, v_s, v_full, SHAPE, MASKS, LATE_SUM)
             g += 1
@@ -504,7 +574,7 @@ def gluon_attention_forward(
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, FOLD: gl.constexpr, NEGATE: gl.constexpr,
     SOFTCAP: gl.constexpr, GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     KV_SLOTS: gl.constexpr, Q_SLOTS: gl.constexpr, TURNS: gl.constexpr, LATE_SUM: gl.constexpr, ORDERED: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, PLANNED: gl.constexpr, REGISTERS: gl.constexpr,
+    Q_COLUMNS: gl.constexpr, OVERLAP: gl.constexpr, LAZY: gl.constexpr, PLANNED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """o[i] = sum_j softmax_j(logits(q[i].k[j])) v[j] and lse[i] (natural log) of all rows of all heads.
 
@@ -515,7 +585,7 @@ def gluon_attention_forward(
     SHAPE: gl.constexpr = (GROUPS, BLOCK_N, BLOCK_D, KV_SLOTS, Q_SLOTS)
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
     MATHS: gl.constexpr = (FOLD, NEGATE, SOFTCAP)
-    HOW: gl.constexpr = (TURNS, LATE_SUM, ORDERED, Q_IN_REGISTERS)
+    HOW: gl.constexpr = (TURNS, LATE_SUM, ORDERED, Q_COLUMNS, OVERLAP, LAZY)
     TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_s = gl.allocate_shared_memory(dtype, [max(Q_SLOTS, 1) * GROUPS, 64, BLOCK_D], TILE)
     k_s = gl.allocate_shared_memory(dtype, [KV_SLOTS, BLOCK_N, BLOCK_D], TILE)

@@ -232,7 +232,7 @@ def plan_forward(q, k, v, spec: Spec, config: ForwardConfig | None = None) -> Fo
             "FOLD": fold, "NEGATE": fold and scale < 0, "SOFTCAP": spec.softcap != 0,
             "GROUPS": config.groups, "BLOCK_N": block_n, "BLOCK_D": width, "KV_SLOTS": config.kv_slots,
             "Q_SLOTS": config.q_slots, "TURNS": config.turns, "LATE_SUM": config.late_sum, "ORDERED": config.ordered,
-            "Q_IN_REGISTERS": config.q_in_registers, "PLANNED": table is not None, "REGISTERS": config.registers,
+            "Q_COLUMNS": config.q_columns, "OVERLAP": config.overlap, "LAZY": config.lazy, "PLANNED": table is not None, "REGISTERS": config.registers,
         },
     )  # fmt: skip
     copied = not all(map(describable, (q, one_k, one_v)))

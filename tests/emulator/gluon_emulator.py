@@ -421,6 +421,8 @@ class Language:
             return torch.tanh(args[0])
         if asm.startswith("mov.b32 $0, 0"):
             return Scalar(0)
+        if "vote.sync" in asm:  # a product that is left out where it changes nothing
+            return args[0] * args[1]
         raise Hazard(f"the emulator does not know the assembly {asm!r}")
 
 

@@ -40,6 +40,7 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "groups": ({"seq_q": 200, "seq_kv": 300, "heads_q": 4, "heads_kv": 2, "causal": True}, {"layout": "packed"}),
     "softcap": ({"seq_q": 300, "softcap": 5.0}, {"distribution": "x3"}),
     "scale": ({"seq_q": 200, "scale": -0.2, "causal": True}, {}),
+    "grows": ({"seq_q": 300, "heads_q": 1, "scale": 1.0}, {"distribution": "x10"}),
     "narrow": ({"seq_q": 200, "narrow": 8, "causal": True}, {}),
     "everything": (
         {"seq_q": 300, "seq_kv": 411, "heads_kv": 1, "causal": True, "window": (170, 0), "softcap": 5.0, "narrow": 3},
@@ -133,6 +134,25 @@ def test_every_schedule_is_right(cell, request):
             run(problem, pass_, random.Random(f"{cell} {seed}").randrange(1 << 30), config, **how)
 
 
+# What configs.py can say beyond what it says now.
+Forward = configs.ForwardConfig
+VARIANTS = [
+    (64, Forward(groups=3, ordered=False, overlap=False, lazy=True)),
+    (64, Forward(q_columns=32, lazy=True, overlap=False)),
+    (128, Forward(q_slots=1, q_columns=64, overlap=False)),
+    (128, Forward(q_slots=1, q_columns=128, lazy=True, planned=True)),
+    (256, Forward(block_n=64, q_slots=0, q_columns=128, lazy=True)),
+    (256, Forward(block_n=128, kv_slots=1, q_slots=0, overlap=False)),
+]
+
+
+@pytest.mark.parametrize("feature", ["rest", "causal", "everything"])
+@pytest.mark.parametrize(("head_dim", "config"), VARIANTS, ids=str)
+def test_every_variant_of_the_forward_is_right(head_dim, config, feature):
+    for seed in range(3):
+        run(problem_of(head_dim, "bf16", feature), FORWARD, seed, config, **FEATURES[feature][1])
+
+
 # ---- what is done wrong is seen
 
 
@@ -153,7 +173,7 @@ F128, F256 = (128, "causal", FORWARD), (256, "rest", FORWARD)
 B128, D128, D256 = (128, "causal", BACKWARD), (128, "causal", DETERMINISTIC), (256, "causal", DETERMINISTIC)
 B64 = (64, "causal", BACKWARD)
 RELEASE_K = "    bar_arrive(slot + k_free(KV_SLOTS), 128 * (GROUPS + 1))\n"
-RELEASE_V = "    bar_arrive(v_slot + v_free(KV_SLOTS), THREADS)\n"
+RELEASE_V = "        bar_arrive(v_slot + v_free(KV_SLOTS), THREADS)\n"
 FAULTS = [
     # forward: the consumers
     Fault("K is read before it is there", "forward.first_tile", "mbarrier.wait(k_full.index(slot), phase)", "pass",
@@ -168,20 +188,20 @@ FAULTS = [
           RELEASE_K + "    s = warpgroup_mma_wait(0, deps=[s_done])\n",
           r"a TMA load writes k_s", F128),
     Fault("V is released while it is read", "forward.next_tile",
-          "    acc = warpgroup_mma_wait(0, deps=[o_done])  # [64, D]\n" + RELEASE_V,
-          RELEASE_V + "    acc = warpgroup_mma_wait(0, deps=[o_done])\n",
+          "        acc = warpgroup_mma_wait(0, deps=[o_done])  # [64, D]\n" + RELEASE_V,
+          RELEASE_V + "        acc = warpgroup_mma_wait(0, deps=[o_done])\n",
           r"a TMA load writes v_s", F128),
     Fault("Q is released while it is read", "forward.consumer", "            acc = gl.zeros(",
           "            bar_arrive(slot + q_free(KV_SLOTS), THREADS)\n            acc = gl.zeros(",
-          r"arrives twice|threads arrive|a TMA load writes q_s|race", F128, {"q_in_registers": False}),
+          r"arrives twice|threads arrive|a TMA load writes q_s|race", F128, {"q_columns": 0}),
     Fault("the phase of a ring is the other one", "forward.ring", "(g // SLOTS) & 1", "((g // SLOTS) & 1) ^ 1",
           r"deadlock: .*waits for parity|race", F128),
     Fault("the phase of a ring turns at every tile", "forward.ring", "(g // SLOTS) & 1", "g & 1",
           r"deadlock: .*waits for parity|race", F128),
     Fault("V's slot is released as K's", "forward.next_tile", RELEASE_V,
-          "    bar_arrive(v_slot + k_free(KV_SLOTS), THREADS)\n", r"arrives twice|deadlock", F128),
+          "        bar_arrive(v_slot + k_free(KV_SLOTS), THREADS)\n", r"arrives twice|deadlock", F128),
     Fault("all slots of V are released by one barrier", "forward.next_tile", RELEASE_V,
-          "    bar_arrive(v_free(KV_SLOTS), THREADS)\n", r"arrives twice|deadlock", F128),
+          "        bar_arrive(v_free(KV_SLOTS), THREADS)\n", r"arrives twice|deadlock", F128),
     Fault("V is never released", "forward.next_tile", RELEASE_V, "",
           r"deadlock: producer waits for bar \d+ .*consumer 1 waits for parity", F128),
     Fault("V is released twice", "forward.next_tile", RELEASE_V, RELEASE_V * 2, r"arrives twice", F128),
@@ -204,11 +224,21 @@ FAULTS = [
     Fault("Q's buffer is released before O has left it", "forward.consumer",
           "                tma_store_wait(0)\n                bar_arrive", "                bar_arrive",
           r"a TMA load writes q_s.*while a TMA store of consumer \d reads it", F256),
+    Fault("V is released while it is read, one product after the other", "forward.next_tile",
+          "acc = warpgroup_mma_wait(1, deps=[o_done])  # [64, D]\n        bar_arrive(v_slot + v_free(KV_SLOTS), THREADS)",
+          "bar_arrive(v_slot + v_free(KV_SLOTS), THREADS)\n        acc = warpgroup_mma_wait(1, deps=[o_done])",
+          r"a TMA load writes v_s", F128, {"overlap": False}),
+    Fault("half of Q's columns are used twice", "forward.issue_scores",
+          "q_tile.slice(Q_COLUMNS, rest, 1)", "q_tile.slice(0, rest, 1)", r"T1|T2|T3", F256, {"q_columns": 128}),
+    Fault("a sum is rescaled, O is not", "forward.rescaled", "return gl.inline_asm_elementwise(",
+          "return acc\n        gl.inline_asm_elementwise(", r"T1|T2|T3", (128, "grows", FORWARD), {"lazy": True}),
+    Fault("a maximum that has grown is forgotten", "forward.raised", "s_max > m_i + 8.0", "s_max > m_i + 800.0",
+          r"T1|T2|T3|nan|inf", (128, "grows", FORWARD), {"lazy": True}),
     # forward: the producer
     Fault("K is loaded before its slot is free", "forward.producer",
           "bar_sync(slot + k_free(KV_SLOTS), THREADS)", "pass", r"a TMA load writes k_s|arrives twice", F128),
     Fault("Q is loaded before its buffer is free", "forward.load_q", "if r >= SLOTS:", "if r > SLOTS:",
-          r"a TMA load writes q_s|race: a TMA load writes q_s", F128, {"q_in_registers": False}),
+          r"a TMA load writes q_s|race: a TMA load writes q_s", F128, {"q_columns": 0}),
     Fault("half of V's bytes are expected", "forward.producer",
           "mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)",
           "mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes // 2)", r"deadlock|race", F128),
