@@ -172,9 +172,11 @@ def gather_kv(
         elif MASK == EDGES:
             if (start_m < full_lo) | (start_m >= full_hi):
                 p = tl.where(visible(i[None, :], j[:, None], seq_kv, left, right, LEFT, RIGHT, False), p, 0.0)
+        if DV:  # before do is waited for, where it may run beside the exponentials
+            weights = operand(p, k_tile, PARTS)
         g_tile = load_tile(g_head, batch, head, start_m, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, UNEVEN, TMA, WIDE, PARTS)  # fmt: skip
         if DV:
-            dv_acc = dot(operand(p, g_tile, PARTS), g_tile, dv_acc, PRECISION, PARTS)  # [BLOCK_N, BLOCK_D]
+            dv_acc = dot(weights, g_tile, dv_acc, PRECISION, PARTS)  # [BLOCK_N, BLOCK_D]
         if DK:
             delta_row = load_rows(delta, row, start_m, rows_padded, BLOCK_M, TMA)
             if CHUNKED:

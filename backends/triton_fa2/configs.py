@@ -33,13 +33,15 @@ class TileConfig:
     loop over all tiles, instead of one loop for the full tiles and others for those at the edges. late (forward)
     multiplies p by v one tile late, beside the next softmax. prepared (with tma, float32) has a kernel before it split
     what many programs read into bfloat16 parts (bf16x3, bf16x6), or transpose v (tf32, forward). split (dkdv) launches
-    one kernel for dk and one for dv, by their own configurations.
+    one kernel for dk and one for dv, by their own configurations. max_regs > 0 holds a thread to so many registers, so
+    that one more program fits on a multiprocessor.
     """
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
+    max_regs: int = 0
     tma: bool = False
     ws: bool = False
     one_loop: bool = False
@@ -49,7 +51,8 @@ class TileConfig:
 
     def __str__(self) -> str:
         flags = "".join(f" {name}" for name in FLAGS if getattr(self, name))
-        return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}{flags}"
+        regs = f" r{self.max_regs}" if self.max_regs else ""
+        return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}{regs}{flags}"
 
     def replace(self, **changes: object) -> TileConfig:
         """The same configuration with some fields changed."""
@@ -58,17 +61,22 @@ class TileConfig:
 
 def parse(text: str) -> TileConfig:
     """The inverse of str(config). Raises ValueError in words for anything else."""
-    words = text.split()
-    found = re.fullmatch(r"(\d+)x(\d+) w(\d+) s(\d+)", " ".join(words[:3]))
-    if not found or (unknown := [word for word in words[3:] if word not in FLAGS]):
-        what = f"unknown flag {unknown[0]!r}" if found else "want ROWSxKEYS wWARPS sSTAGES"
+    found = re.fullmatch(r"(\d+)x(\d+) w(\d+) s(\d+)(?: r(\d+))?((?: [a-z_]+)*)", " ".join(text.split()))
+    flags = found[6].split() if found else []
+    if not found or (unknown := [word for word in flags if word not in FLAGS]):
+        what = f"unknown flag {unknown[0]!r}" if found else "want ROWSxKEYS wWARPS sSTAGES, or ... sSTAGES rREGISTERS"
         raise ValueError(f"configuration {text!r}: {what}; flags: {', '.join(FLAGS)}; for example {EXAMPLE!r}")
-    m, n, warps, stages = map(int, found.groups())
-    if any(size < 16 or size & (size - 1) for size in (m, n)) or warps not in (1, 2, 4, 8, 16) or not 1 <= stages <= 8:
+    m, n, warps, stages, regs = (int(number or 0) for number in found.groups()[:5])
+    sizes_fit = all(size >= 16 and size & (size - 1) == 0 for size in (m, n))
+    if not sizes_fit or warps not in (1, 2, 4, 8, 16) or not 1 <= stages <= 8 or not (regs == 0 or 24 <= regs <= 255):
         raise ValueError(
-            f"configuration {text!r}: sizes are powers of two from 16 on, warps 1 to 16 in powers of two, stages 1 to 8"
+            f"configuration {text!r}: sizes are powers of two from 16 on, warps 1 to 16 in powers of two, stages 1 to 8, "
+            "registers 24 to 255"
         )
-    return TileConfig(block_m=m, block_n=n, num_warps=warps, num_stages=stages, **dict.fromkeys(words[3:], True))  # pyright: ignore[reportArgumentType]
+    return TileConfig(
+        block_m=m, block_n=n, num_warps=warps, num_stages=stages, max_regs=regs,
+        **dict.fromkeys(flags, True),  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -122,15 +122,14 @@ def attend(
             for start_n in tl.range(lo, last, BLOCK_N, num_stages=STAGES):
                 start_n = tl.multiple_of(start_n, BLOCK_N)
                 p, alpha, l_i, m_i = online_softmax(s, l_i, m_i, start_n, full_lo, full_hi, i, seq_kv, left, right, scale, cap, slope, MASK, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE, TAIL, BLOCK_N)  # fmt: skip
+                p = operand(p, q_tile, PARTS)
                 k_tile = load_tile(k_head, batch, head_kv, start_n + BLOCK_N, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
                 s = dot(q_tile, turn(k_tile, PARTS), None, PRECISION, PARTS)
                 v_tile = load_v(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS, TURNED)  # fmt: skip
-                acc = dot(
-                    operand(p, v_tile, PARTS), v_tile, acc * alpha[:, None], PRECISION, PARTS
-                )  # [BLOCK_M, BLOCK_D]
+                acc = dot(p, v_tile, acc * alpha[:, None], PRECISION, PARTS)  # [BLOCK_M, BLOCK_D]
             p, alpha, l_i, m_i = online_softmax(s, l_i, m_i, last, full_lo, full_hi, i, seq_kv, left, right, scale, cap, slope, MASK, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE, TAIL, BLOCK_N)  # fmt: skip
             v_tile = load_v(v_head, batch, head_kv, last, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS, TURNED)  # fmt: skip
-            acc = dot(operand(p, v_tile, PARTS), v_tile, acc * alpha[:, None], PRECISION, PARTS)
+            acc = dot(operand(p, q_tile, PARTS), v_tile, acc * alpha[:, None], PRECISION, PARTS)
     else:
         for start_n in tl.range(lo, hi, BLOCK_N, num_stages=STAGES, warp_specialize=WS):
             start_n = tl.multiple_of(start_n, BLOCK_N)
@@ -140,8 +139,11 @@ def attend(
                 k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
                 s = dot(q_tile, turn(k_tile, PARTS), None, PRECISION, PARTS)  # [BLOCK_M, BLOCK_N]
             p, alpha, l_i, m_i = online_softmax(s, l_i, m_i, start_n, full_lo, full_hi, i, seq_kv, left, right, scale, cap, slope, MASK, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE, TAIL, BLOCK_N)  # fmt: skip
+            # Before v is waited for, where it may run beside the exponentials: the compiler moves nothing over a wait.
+            acc = acc * alpha[:, None]
+            p = operand(p, q_tile, PARTS)
             v_tile = load_v(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS, TURNED)  # fmt: skip
-            acc = dot(operand(p, v_tile, PARTS), v_tile, acc * alpha[:, None], PRECISION, PARTS)  # [BLOCK_M, BLOCK_D]
+            acc = dot(p, v_tile, acc, PRECISION, PARTS)  # [BLOCK_M, BLOCK_D]
     return acc, l_i, m_i
 
 

@@ -386,7 +386,10 @@ class Launch:
         if self.blocks is not None:
             self.shells = tuple(block and descriptor(x, block) for x, block in zip(tensors, self.blocks, strict=True))
         positional = (*self.described(tensors), *self.scalars)
-        return positional, {**self.constants, "num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+        options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+        if self.config.max_regs:
+            options["maxnreg"] = self.config.max_regs
+        return positional, {**self.constants, **options}
 
     def described(self, tensors: tuple) -> tuple:
         """The tensors, through descriptors where this launch uses them: the first call's, moved to these addresses."""

@@ -1,7 +1,9 @@
 """Find the fastest correct configuration of each kernel: `python -m flash2.backends.triton_fa2.tune --help`.
 
 Candidates are compiled in parallel, dropped when they spill or do not fit, judged against float64, and timed
-interleaved with a cold L2 cache. The command sweeps a grid for the frozen table; tune_problem() tunes one problem.
+interleaved with a cold L2 cache. The command sweeps a grid for the frozen table and ends with the rows to put there;
+autotune() tunes one problem. Compiling takes most of the time and no GPU: --compile-only 90 does it beforehand, into
+Triton's cache (TRITON_CACHE_DIR) and the file --builds, which a sweep with the same --builds then reads.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -16,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,6 +32,7 @@ from flash2.core.problem import Problem
 
 # Relative rms error above which a configuration is broken, by class of maths: several times what rounding explains.
 BROKEN = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 4e-3, "bf16x3": 1e-4, "bf16x6": 1e-5, "tf32x3": 1e-5, "ieee": 1e-5}
+REGISTERS, SHARED = 1 << 16, 228 << 10  # of one multiprocessor, sm_80 and newer; smaller devices have less to share
 AUTOTUNED = 6  # configurations timed for a key that no table knows
 MATMULS = {"fwd": 2, "dkdv": 4, "dk": 3, "dv": 2, "dq": 3}
 # Tiles the size of block_m x block_n or rows x block_d that a kernel holds: accumulators, other float32 tiles, operands.
@@ -64,7 +68,9 @@ def candidates(kernel: str, problem: Problem, arch: int, *, ws: bool = False) ->
         registers = (accumulators * rows * block_d + (tiles + late) * rows * step) / (32 * warps)  # a thread
         element = 2 * parts if prepared and parts > 1 else 4 if wide else 2
         shared = (operands * rows + 2 * stages * step) * block_d * element
-        if not 12 <= registers <= 260 or shared > offline.shared_limit(arch) or rows < 32 * warps // 4:
+        # What the compiler adds to these: up to 60, without descriptors 100; with late the two tiles overlap in part.
+        most = 260 if late else 210 if tma or arch < 90 else 150
+        if not 12 <= registers <= most or shared > offline.shared_limit(arch) or rows < 32 * warps // 4:
             continue
         if (late or prepared) and not tma:
             continue
@@ -82,6 +88,51 @@ def candidates(kernel: str, problem: Problem, arch: int, *, ws: bool = False) ->
         if ws and plain and m == 128 and warps == 4:
             found.append(found[-1].replace(ws=True, one_loop=True))
     return found
+
+
+def narrowed(kernel: str, problem: Problem, arch: int, steps: int) -> list[TileConfig]:
+    """Those of candidates() that are at most `steps` changes away from one that won a race: on this arch, for this
+    kernel, class and head_dim, or else from the winner at another head_dim with its tile cut to size. All of them
+    where nothing was ever raced."""
+    block_d = max(16, triton.next_power_of_2(problem.head_dim))
+    rows = {
+        (d, config): None
+        for (name, precision, d, _), config in configs.table(f"sm{arch}").items()
+        if (name, precision) == (kernel, problem.precision)
+    }
+    full = problem.band == (None, None)
+    rows = {(d, config.replace(one_loop=config.one_loop and not full)): None for d, config in rows}
+    origins = [config for d, config in rows if d == block_d]
+    if not origins:
+        origins = [config for _, config in rows]
+        origins += [c.replace(block_n=c.block_n // 2) for c in origins] + [
+            c.replace(block_m=c.block_m // 2) for c in origins
+        ]
+        steps = min(steps - 1, 1)
+    found = candidates(kernel, problem, arch)
+    if not origins:
+        return found
+    if all(origin.tma for origin in origins):  # then descriptors are no question
+        found = [config for config in found if config.tma]
+    return [config for config in found if min(distance(config, origin) for origin in origins) <= steps]
+
+
+def distance(a: TileConfig, b: TileConfig) -> float:
+    """How many changes lead from a to b: a size halved or doubled, a flag, another number of stages."""
+    sizes = sum(abs(math.log2(getattr(a, name) / getattr(b, name))) for name in ("block_m", "block_n", "num_warps"))
+    flags = sum(getattr(a, name) != getattr(b, name) for name in ("tma", "one_loop", "late", "prepared", "ws"))
+    return sizes + flags + (a.num_stages != b.num_stages)
+
+
+def squeezed(config: TileConfig, build: offline.Build) -> TileConfig | None:
+    """`config` with few enough registers that one more program fits on a multiprocessor, where shared memory allows it
+    and the compiler need not give up more than a fifth of them."""
+    threads = 32 * config.num_warps
+    resident = REGISTERS // threads // max(build.registers, 1)
+    if SHARED // (build.shared + 1024) <= resident:
+        return None
+    allowed = REGISTERS // threads // (resident + 1) // 8 * 8
+    return config.replace(max_regs=allowed) if allowed >= 0.8 * build.registers else None
 
 
 class Data:
@@ -162,12 +213,17 @@ def error(got: Iterable[torch.Tensor], want: Iterable[torch.Tensor]) -> float:
     return sum(errors) if any(e != e for e in errors) else max(errors)
 
 
-def race(calls: list[Callable[[], None]], rounds: int, flush: torch.Tensor) -> list[float]:
-    """Median milliseconds of each call on the device, taken in turns, each with a cold L2."""
+def race(calls: list[Callable[[], None]], rounds: int, flush: torch.Tensor, seconds: float = 2) -> list[float]:
+    """Median milliseconds of each call on the device, taken in turns, each with a cold L2; fewer rounds, but three at
+    the least, once `seconds` are over."""
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
-    for _ in range(rounds):
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    for turn in range(rounds):
+        if turn >= 3 and time.monotonic() - began > seconds:
+            break
         events = []
         for call in calls:
             torch.cuda._sleep(400_000)  # 0.2 ms: what is timed is queued before the device gets to it
@@ -186,27 +242,73 @@ def race(calls: list[Callable[[], None]], rounds: int, flush: torch.Tensor) -> l
 Job = tuple[str, Problem, TileConfig]
 
 
-def compile_job(job: Job, arch: int) -> tuple[Job, offline.Build | str]:
-    """Build one kernel into Triton's on-disk cache, where a later launch finds it; the reason if it does not build."""
+def compile_job(job: Job, arch: int) -> dict[Job, offline.Build | str]:
+    """Build one kernel, and its squeezed() form, into Triton's on-disk cache, where a later launch finds them; the
+    reason if it does not build."""
     kernel, problem, config = job
-    problem = problem.replace(pass_="fwd" if kernel == "fwd" else "bwd")
-    planned, tensors = offline.planned(problem, pinned(kernel, config, STARTERS))[kernel]
+    narrow = problem.replace(pass_="fwd" if kernel == "fwd" else "bwd")
+    planned, tensors = offline.planned(narrow, pinned(kernel, config, STARTERS))[kernel]
     try:
-        return job, offline.build(planned, tensors, arch, sass=False)
+        build = offline.build(planned, tensors, arch, sass=False)
     except Exception as error:  # whatever a compiler of this size raises or asserts, the candidate is out
-        return job, f"{type(error).__name__}: {str(error)[:200]}"
+        return {job: f"{type(error).__name__}: {str(error)[:200]}"}
+    if usable(build, arch) and (tight := squeezed(config, build)) is not None:
+        return {job: build, **compile_job((kernel, problem, tight), arch)}
+    return {job: build}
 
 
 STARTERS = {name: TileConfig(block_m=64, block_n=32, num_stages=1) for name in KERNELS}
 
 
-def compile_all(jobs: list[Job], arch: int, workers: int) -> dict[Job, offline.Build | str]:
-    """compile_job for each, in `workers` processes."""
-    if workers <= 1:
-        return dict(compile_job(job, arch) for job in jobs)
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return dict(pool.map(compile_job, jobs, itertools.repeat(arch), chunksize=4))
+class Builds:
+    """What candidates compiled to: read from `file` where somebody compiled them before, else compiled in `workers`
+    processes from the moment they are asked for, and written there."""
+
+    def __init__(self, file: Path | None, arch: int, workers: int) -> None:
+        self.file, self.arch, self.workers = file, arch, workers
+        self.known: dict[Job, offline.Build | str] = {}
+        self.running: dict[Job, Future] = {}
+        self.pool: ProcessPoolExecutor | None = None
+        if file is not None and file.exists():
+            for line in file.read_text().splitlines():
+                entry = json.loads(line)
+                if entry["arch"] == arch:
+                    job = entry["kernel"], Problem.from_dict(entry["problem"]), configs.parse(entry["config"])
+                    build = entry["build"]
+                    self.known[job] = build if isinstance(build, str) else offline.Build(*build, Counter())
+
+    def start(self, jobs: Iterable[Job]) -> None:
+        """Have them compiled, in this order, without waiting."""
+        for job in jobs:
+            if job not in self.known and job not in self.running:
+                if self.pool is None:
+                    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+                    self.pool = ProcessPoolExecutor(self.workers, mp_context=context)
+                self.running[job] = self.pool.submit(compile_job, job, self.arch)
+
+    def of(self, job: Job) -> offline.Build | str:
+        """The build, or why there is none."""
+        self.start([job])
+        if job in self.running:
+            found = self.running.pop(job).result()
+            self.known |= found
+            for (kernel, problem, config), build in found.items() if self.file is not None else ():
+                numbers = build if isinstance(build, str) else (build.registers, build.spills, build.shared)
+                line = {"arch": self.arch, "kernel": kernel, "problem": problem.to_dict(), "config": str(config)}
+                with self.file.open("a") as out:
+                    out.write(json.dumps({**line, "build": numbers}) + "\n")
+        return self.known[job]
+
+    def usable(self, kernel: str, problem: Problem, tried: list[TileConfig]) -> list[TileConfig]:
+        """Those of `tried` that fit, and their squeezed() forms that do."""
+        fit = [c for c in tried if usable(self.of((kernel, problem, c)), self.arch)]
+        tight = [squeezed(c, self.of((kernel, problem, c))) for c in fit]
+        return fit + [c for c in tight if c is not None and usable(self.of((kernel, problem, c)), self.arch)]
+
+    def stop(self) -> None:
+        """End the processes."""
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
 
 
 def usable(build: offline.Build | str, arch: int) -> bool:
@@ -317,9 +419,10 @@ class Worker:
 
 
 def tune_kernel(
-    worker: Worker, kernel: str, problems: list[Problem], configs: list[TileConfig], keep: int, rounds: int, write
-) -> list[dict]:
-    """Judge `configs`, time those that are right on the first problem, and the `keep` best on every one.
+    worker: Worker, kernel: str, problems: list[Problem], configs: list[TileConfig], keep: int, rounds: int, write,
+    stays: TileConfig | None = None,
+) -> list[dict]:  # fmt: skip
+    """Judge `configs`, time those that are right on the first problem, and the `keep` best, and `stays`, on every one.
 
     Returns one record a configuration: error, milliseconds by length or why it is out; `write` gets each at once.
     """
@@ -352,7 +455,7 @@ def tune_kernel(
             record["ms"][problem.seq_q] = ms
             record["final"] = turn > 0
         if turn == 0:
-            alive.sort(key=lambda record: record["ms"][problem.seq_q])
+            alive.sort(key=lambda record: (record["config"] != stays, record["ms"][problem.seq_q]))
             for record in alive[keep:]:
                 write(record)
             del alive[keep:]
@@ -376,7 +479,7 @@ def autotune(key: Key, problem: Problem, device: torch.device) -> TileConfig:
                               seq_kv=seq, scale=None, pass_="fwd+bwd")  # fmt: skip
     bench, right = Bench(device), []
     for config in likely(key, problem, arch):
-        _, build = compile_job((key.kernel, problem, config), arch)
+        build = compile_job((key.kernel, problem, config), arch)[key.kernel, problem, config]
         if usable(build, arch) and not isinstance(bench.judge(key.kernel, problem, config), str):
             right.append(config)
         if len(right) == AUTOTUNED:
@@ -390,16 +493,18 @@ def autotune(key: Key, problem: Problem, device: torch.device) -> TileConfig:
 def likely(key: Key, problem: Problem, arch: int) -> list[TileConfig]:
     """candidates() in the order worth trying: what won on other devices, then the larger tiles; few stages first."""
     won = {
-        config.replace(tma=False, late=False, prepared=False)
+        plainly(config)
         for name in configs.TABLES
         for (kernel, precision, _, _), config in configs.table(name).items()
         if (kernel, precision) == (key.kernel, key.precision)
     }
-    plain = {
-        config: config.replace(tma=False, late=False, prepared=False)
-        for config in candidates(key.kernel, problem, arch)
-    }
+    plain = {config: plainly(config) for config in candidates(key.kernel, problem, arch)}
     return sorted(plain, key=lambda c: (plain[c] not in won, -c.block_m * c.block_n, c.num_stages, str(c)))
+
+
+def plainly(config: TileConfig) -> TileConfig:
+    """`config` without what only some devices and classes have."""
+    return config.replace(tma=False, late=False, prepared=False, max_regs=0)
 
 
 def rivals(problem: Problem, device: torch.device, rounds: int) -> dict[str, tuple[float, float]]:
@@ -432,73 +537,88 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", type=words, default=["bf16"], help="classes of maths, e.g. bf16,tf32,bf16x6")
     parser.add_argument("--head-dim", type=numbers, default=[64, 128, 256])
     parser.add_argument("--mask", type=words, default=["full", "causal"])
+    parser.add_argument("--cells", action="append", default=[], metavar="KERNELS/CLASSES/HEAD_DIMS/MASKS[/NEAR]",
+                        help="instead of those and --near, in the order given: fwd,dq/bf16/64,128/full; may be repeated")  # fmt: skip
     parser.add_argument("--seqlen", type=numbers, default=[2048, 8192], help="the first one sieves the candidates")
     parser.add_argument("--tokens", type=int, default=16384, help="batch * seqlen")
     parser.add_argument("--width", type=int, default=2048, help="heads * head_dim")
-    parser.add_argument("--keep", type=int, default=6, help="candidates timed at every length")
-    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--near", type=int, default=2, help="try what is so many changes from an earlier winner")
+    parser.add_argument("--wide", action="store_true", help="try every candidate")
+    parser.add_argument("--keep", type=int, default=5, help="candidates timed at every length")
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--only", default="", help="try only configurations with this in their name, e.g. late")
     parser.add_argument("--ws", action="store_true", help="also try warp specialisation (may hang; a hang costs 20 s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 3), help="processes that compile")
     parser.add_argument("--budget", type=float, default=460, help="seconds after which no new cell is begun")
+    parser.add_argument("--builds", type=Path, help="file that remembers what candidates compiled to")
+    parser.add_argument(
+        "--compile-only", type=int, metavar="ARCH", help="fill --builds for this one, 90 for 9.0; no GPU"
+    )
     parser.add_argument("--out", type=Path, default=Path("tune.jsonl"))
     return parser.parse_args(arguments)
 
 
-def cells(options: argparse.Namespace) -> list[tuple[str, list[Problem]]]:
-    """(kernel, problems by length) in the order they are measured."""
-    dtypes = {"bf16": "bf16", "fp16": "fp16"}
+def cells(options: argparse.Namespace, arch: int) -> list[tuple[str, list[Problem], list[TileConfig]]]:
+    """(kernel, problems by length, configurations to try before the squeezed ones) in the order they are measured."""
     grid = []
-    for precision, d, mask in itertools.product(options.precision, options.head_dim, options.mask):
-        problems = [
-            Problem(batch=max(1, options.tokens // n), heads_q=max(1, options.width // d), seq_q=n, head_dim=d,
-                    dtype=dtypes.get(precision, "fp32"), precision=precision, causal=mask == "causal", pass_="fwd+bwd")
-            for n in options.seqlen
-        ]  # fmt: skip
-        grid += [(kernel, problems) for kernel in options.kernel]
+    plain = (options.kernel, options.precision, options.head_dim, options.mask, [options.near])
+    for cell in options.cells or ["/".join(",".join(map(str, part)) for part in plain)]:
+        kernels, precisions, head_dims, masks, *near = (part.split(",") for part in cell.split("/"))
+        steps = int(near[0][0]) if near else options.near
+        for precision, kernel, d, mask in itertools.product(precisions, kernels, map(int, head_dims), masks):
+            dtype = precision if precision in ("bf16", "fp16") else "fp32"
+            problems = [
+                Problem(batch=max(1, options.tokens // n), heads_q=max(1, options.width // d), seq_q=n, head_dim=d,
+                        dtype=dtype, precision=precision, causal=mask == "causal", pass_="fwd+bwd")
+                for n in options.seqlen
+            ]  # fmt: skip
+            if options.wide or options.ws:
+                found = candidates(kernel, problems[0], arch, ws=options.ws)
+            else:
+                found = narrowed(kernel, problems[0], arch, steps)
+            if found := [config for config in found if options.only in str(config)]:
+                grid.append((kernel, problems, found))
     return grid
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Sweep a grid, print the best of each cell, append every record to --out."""
+    """Sweep a grid, print the best of each cell and the table's rows, append every record to --out."""
     options = parse(arguments)
     began = time.monotonic()
-    arch = 10 * torch.cuda.get_device_capability()[0]
-    grid = cells(options)
-    jobs = [
-        (kernel, problems[0], config)
-        for kernel, problems in grid
-        for config in candidates(kernel, problems[0], arch, ws=options.ws)
-        if options.only in str(config)
-    ]
-    jobs += [(kernel, problems[0], STARTERS[kernel]) for kernel, problems in grid]
-    builds = compile_all(list(dict.fromkeys(jobs)), arch, options.workers)
-    good = sum(usable(build, arch) for build in builds.values())
-    print(f"compiled {len(builds)} candidates in {time.monotonic() - began:.0f} s, {good} usable", flush=True)
+    arch = options.compile_only or 10 * torch.cuda.get_device_capability()[0]
+    grid = cells(options, arch)
+    builds = Builds(options.builds, arch, options.workers)
+    builds.start((kernel, problems[0], config) for kernel, problems, some in grid for config in some)
+    if options.compile_only:
+        for kernel, problems, some in grid:
+            fit = builds.usable(kernel, problems[0], some)
+            print(
+                f"{cell_name(kernel, problems[0])}: {len(fit)} of {len(some)} at {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+        builds.stop()
+        return 0
     where = {"device": torch.cuda.get_device_name(), "triton": triton.__version__, "torch": torch.__version__}
     times_of_rivals: dict[Problem, dict] = {}
-    worker = Worker()
+    worker, winners = Worker(), {}
     with options.out.open("a") as file:
-        for kernel, problems in grid:
+        for kernel, problems, some in grid:
             first = problems[0]
-            name = f"{kernel} {first.precision} d{first.head_dim} {'causal' if first.causal else 'full'}"
             if time.monotonic() - began > options.budget:
-                print(f"budget spent before {name}", flush=True)
+                print(f"budget spent before {cell_name(kernel, first)}", flush=True)
                 continue
 
             def write(record: dict, kernel: str = kernel, problems: list[Problem] = problems) -> None:
-                build = builds[kernel, problems[0], record["config"]]
-                config = {field: getattr(record["config"], field) for field in TileConfig.__slots__}
+                build = builds.of((kernel, problems[0], record["config"]))
                 line = {**where, "kernel": kernel, "problems": [p.to_dict() for p in problems], **record,
-                        "config": config, "registers": build.registers, "shared": build.shared}  # fmt: skip
+                        "config": str(record["config"]), "registers": build.registers, "shared": build.shared}  # fmt: skip
                 file.write(json.dumps(line) + "\n")
                 file.flush()
 
-            fit = [c for k, p, c in jobs if (k, p) == (kernel, first) and usable(builds[k, p, c], arch)]
-            print(f"\n{name} at {time.monotonic() - began:.0f} s", flush=True)
-            records = tune_kernel(
-                worker, kernel, problems, list(dict.fromkeys(fit)), options.keep, options.rounds, write
-            )
+            fit = builds.usable(kernel, first, some)
+            print(f"\n{cell_name(kernel, first)} at {time.monotonic() - began:.0f} s", flush=True)
+            now = present(kernel, first, arch)
+            records = tune_kernel(worker, kernel, problems, fit, options.keep, options.rounds, write, now)
             for problem in problems:
                 if problem not in times_of_rivals:
                     try:
@@ -506,23 +626,66 @@ def main(arguments: list[str] | None = None) -> int:
                     except RuntimeError as failure:
                         print(f"   torch's kernels at {problem.key()}: {failure}", flush=True)
                         times_of_rivals[problem] = {}
-                    file.write(
-                        json.dumps({**where, "problem": problem.to_dict(), "rivals_ms": times_of_rivals[problem]})
-                        + "\n"
-                    )
+                    line = {**where, "problem": problem.to_dict(), "rivals_ms": times_of_rivals[problem]}
+                    file.write(json.dumps(line) + "\n")
                     file.flush()
             show(kernel, problems, records, builds, times_of_rivals)
+            if (best := fastest(records)) is not None:
+                winners[kernel, first] = best
     worker.stop()
+    builds.stop()
+    print("\n" + "\n".join(rows(winners, arch)))
     print(f"done in {time.monotonic() - began:.0f} s", flush=True)
     return 0
 
 
-def show(kernel: str, problems: list[Problem], records: list[dict], builds: dict, others: dict) -> None:
+def cell_name(kernel: str, problem: Problem) -> str:
+    """What a sweep calls one of its cells."""
+    return f"{kernel} {problem.precision} d{problem.head_dim} {'causal' if problem.causal else 'full'}"
+
+
+def present(kernel: str, problem: Problem, arch: int) -> TileConfig | None:
+    """The table's row for a cell, as it is raced: alone, and with the loops that whole tiles need."""
+    work = "masked" if problem.causal else "full"
+    block_d = max(16, triton.next_power_of_2(problem.head_dim))
+    now = configs.table(f"sm{arch}").get((kernel, problem.precision, block_d, work))
+    return None if now is None else now.replace(split=False, one_loop=now.one_loop and problem.causal)
+
+
+def fastest(records: list[dict]) -> dict[TileConfig, float] | None:
+    """Geometric means over all lengths in milliseconds, the fastest configuration first; None if none ran all."""
+    finals = [r for r in records if r["final"] and r["ms"]]
+    lengths = max((len(r["ms"]) for r in finals), default=0)
+    mean = {r["config"]: statistics.geometric_mean(r["ms"].values()) for r in finals if len(r["ms"]) == lengths}
+    return dict(sorted(mean.items(), key=lambda item: item[1])) or None
+
+
+def rows(winners: dict[tuple[str, Problem], dict[TileConfig, float]], arch: int) -> list[str]:
+    """The table's rows for what was raced, each with how it stands to the row that the table has now."""
+    lines = []
+    for (kernel, problem), mean in winners.items():
+        best = next(iter(mean))
+        comment = f"{mean[best]:.3f} ms"
+        if kernel == "dkdv" and all((part, problem) in winners for part in ("dk", "dv")):
+            apart = sum(next(iter(winners[part, problem].values())) for part in ("dk", "dv"))
+            comment += f", apart {apart:.3f} ms"
+            best = best.replace(split=apart < mean[best])
+        now = present(kernel, problem, arch)
+        if now in mean:
+            comment += f", {mean[now] / next(iter(mean.values())):.3f}x faster than {now}"
+        classes = "bf16,fp16" if problem.precision == "bf16" else problem.precision
+        block_d = max(16, triton.next_power_of_2(problem.head_dim))
+        work = "masked" if problem.causal else "full"
+        lines.append(f"        {kernel:5} {classes:10} {block_d:3} {work:8} {best!s:36} # {comment}")
+    return lines
+
+
+def show(kernel: str, problems: list[Problem], records: list[dict], builds: Builds, others: dict) -> None:
     """The cell's best configurations in TFLOP/s of this kernel's own products, and torch's for scale."""
     first = problems[0]
     fwd = [p.replace(pass_="fwd").flops for p in problems]
     for record in sorted((r for r in records if r["final"]), key=lambda r: sum(r["ms"].values())):
-        build = builds[kernel, first, record["config"]]
+        build = builds.of((kernel, first, record["config"]))
         speeds = "  ".join(
             f"{p.seq_q}: {ms:.3f} ms {work * MATMULS[kernel] / 2 / ms / 1e9:.0f}"
             for p, work in zip(problems, fwd, strict=True)

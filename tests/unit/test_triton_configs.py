@@ -34,6 +34,7 @@ def forget():
 
 @pytest.mark.parametrize("config", [
     TileConfig(block_m=64, block_n=128),
+    TileConfig(block_m=64, block_n=128, max_regs=168, late=True),
     TileConfig(block_m=16, block_n=16, num_warps=1, num_stages=1, tma=True, ws=True, one_loop=True, late=True,
                prepared=True, split=True),
 ])  # fmt: skip
@@ -51,6 +52,8 @@ def test_text_and_back(config):
         ("8x64 w4 s2", "powers of two"),
         ("64x64 w3 s2", "powers of two"),
         ("64x64 w4 s0", "stages"),
+        ("64x64 w4 s2 r512", "registers 24 to 255"),
+        ("64x64 r168 w4 s2", "ROWSxKEYS"),
     ],
 )
 def test_a_wrong_configuration_is_told_what_one_is(text, says):

@@ -1,0 +1,152 @@
+"""What the Triton tuner tries, what it remembers of compiling, and the rows it makes of a race; no GPU needed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from flash2.backends.triton_fa2 import configs, tune  # noqa: E402
+from flash2.backends.triton_fa2.configs import parse  # noqa: E402
+from flash2.backends.triton_fa2.offline import Build  # noqa: E402
+from flash2.core.problem import Problem  # noqa: E402
+
+D64 = Problem(batch=8, heads_q=32, seq_q=2048, head_dim=64, dtype="bf16", precision="bf16", pass_="fwd+bwd")
+D256 = D64.replace(head_dim=256, heads_q=8, heads_kv=8)
+
+
+def build(registers=100, spills=0, shared=50_000):
+    return Build(registers, spills, shared, Counter())
+
+
+def raced(*times: tuple[str, dict[int, float]]) -> list[dict]:
+    """Records of a race: (configuration, milliseconds by length)."""
+    return [{"config": parse(text), "ms": ms, "final": True} for text, ms in times]
+
+
+def cells_of_the_table(arch: int):
+    """(kernel, problem) of every full and masked row."""
+    for kernel, precision, head_dim, work in configs.table(f"sm{arch}"):
+        dtype = precision if precision in ("bf16", "fp16") else "fp32"
+        if work != "dressed":
+            causal = work == "masked"
+            yield kernel, D64.replace(dtype=dtype, precision=precision, head_dim=head_dim, causal=causal)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_sweep_tries_the_tables_own_row(steps):
+    """Else a new winner is compared with nothing."""
+    for kernel, problem in cells_of_the_table(90):
+        assert tune.present(kernel, problem, 90) in tune.narrowed(kernel, problem, 90, steps), (kernel, problem.key())
+
+
+def test_a_narrow_sweep_stays_near():
+    rows = [row.replace(one_loop=False) for key, row in configs.table("sm90").items() if key[:3] == ("dq", "bf16", 64)]
+    for config in (near := tune.narrowed("dq", D64, 90, 1)):
+        assert any(tune.distance(config, row) <= 1 for row in rows)
+    assert len(near) < len(tune.narrowed("dq", D64, 90, 2)) < len(tune.candidates("dq", D64, 90))
+
+
+def test_where_nothing_was_raced_a_sweep_is_wide():
+    assert tune.narrowed("fwd", D64, 70, 1) == tune.candidates("fwd", D64, 70)
+
+
+def test_a_head_dim_without_rows_starts_from_another_ones(monkeypatch):
+    monkeypatch.setattr(configs, "table", lambda arch: {("fwd", "bf16", 64, "full"): parse("64x128 w4 s2 tma")})
+    assert tune.narrowed("fwd", D256, 90, 1) == [parse("64x64 w4 s2 tma")]  # 64x128 has no room for both tiles
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "steps"),
+    [
+        ("64x64 w4 s2", "64x64 w4 s2", 0),
+        ("64x64 w4 s2", "128x64 w8 s2", 2),
+        ("64x64 w4 s1", "64x64 w4 s4", 1),
+        ("64x16 w4 s2 tma", "64x64 w4 s2 late", 4),
+    ],
+)
+def test_distance(a, b, steps):
+    assert tune.distance(parse(a), parse(b)) == tune.distance(parse(b), parse(a)) == steps
+
+
+@pytest.mark.parametrize(
+    ("warps", "registers", "shared", "squeezed"),
+    [
+        (4, 177, 66_000, 168),  # two programs, three if each thread takes 168
+        (4, 168, 66_000, 0),  # three already; four would take 128
+        (4, 140, 50_000, 128),
+        (4, 177, 90_000, 0),  # shared memory has no room for a third
+        (8, 150, 60_000, 128),
+        (8, 250, 60_000, 0),  # half of the registers would be too few
+    ],
+)
+def test_one_more_program(warps, registers, shared, squeezed):
+    config = parse(f"64x64 w{warps} s2")
+    found = tune.squeezed(config, build(registers=registers, shared=shared))
+    assert found == (config.replace(max_regs=squeezed) if squeezed else None)
+
+
+def test_builds_are_remembered(tmp_path, monkeypatch):
+    """A job in the file is not compiled again, for its architecture alone."""
+    file, asked = tmp_path / "builds.jsonl", []
+
+    class Now:
+        def __init__(self, *_, **__):
+            pass
+
+        def submit(self, function, job, arch):
+            asked.append((job, arch))
+            return self
+
+        def result(self):
+            job, _ = asked[-1]
+            return {job: build(spills=8) if job[2].num_warps == 8 else "AssertionError: no"}
+
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", Now)
+    jobs = [("fwd", D64, parse(text)) for text in ("64x64 w8 s2", "64x64 w4 s2")]
+    first = tune.Builds(file, 90, 1)
+    assert [first.of(job) for job in jobs] == [build(spills=8), "AssertionError: no"]
+    again = tune.Builds(file, 90, 1)
+    assert [again.of(job) for job in jobs] == [build(spills=8), "AssertionError: no"]
+    assert len(asked) == 2
+    tune.Builds(file, 80, 1).start(jobs[:1])
+    assert asked[-1] == (jobs[0], 80)
+
+
+def test_what_spills_is_not_raced():
+    builds = tune.Builds(Path("none"), 90, 1)
+    fine, spilling, broken = (parse(f"64x64 w4 s{n}") for n in (1, 2, 3))
+    tight = fine.replace(max_regs=168)
+    results = {fine: build(registers=177), spilling: build(spills=8), broken: "no", tight: build(registers=168)}
+    builds.known = {("fwd", D64, config): result for config, result in results.items()}
+    assert builds.usable("fwd", D64, [fine, spilling, broken]) == [fine, tight]
+
+
+def test_the_fastest_ran_every_length():
+    records = raced(
+        ("64x64 w4 s2", {512: 1.0, 2048: 4.0}), ("64x64 w4 s3", {512: 1.0, 2048: 9.0}), ("64x64 w8 s2", {512: 0.1})
+    )
+    assert tune.fastest(records) == {parse("64x64 w4 s2"): pytest.approx(2.0), parse("64x64 w4 s3"): pytest.approx(3.0)}
+    assert tune.fastest([]) is None
+
+
+def test_rows_for_the_table(monkeypatch):
+    """A row parses as the table's, says what it gains, and parts dk from dv where that is faster."""
+    now = parse("64x64 w4 s2 tma")
+    monkeypatch.setattr(configs, "table", lambda arch: {("dkdv", "bf16", 256, "full"): now})
+    best = {"dkdv": parse("32x64 w8 s2 tma"), "dk": parse("64x64 w4 s2 tma"), "dv": parse("64x128 w8 s2 tma")}
+    for dv, split in ((1.0, True), (2.5, False)):
+        winners = {
+            ("dkdv", D256): {best["dkdv"]: 3.0, now: 3.3},
+            ("dk", D256): {best["dk"]: 1.5},
+            ("dv", D256): {best["dv"]: dv},
+        }
+        lines = [line.partition("#") for line in tune.rows(winners, 90)]
+        for (kernel, _), (row, _, comment) in zip(winners, lines, strict=True):
+            name, classes, block_d, work, config = row.split(maxsplit=4)
+            assert (name, classes, block_d, work) == (kernel, "bf16,fp16", "256", "full")
+            assert parse(config) == best[kernel].replace(split=split and kernel == "dkdv")
+            assert ("1.100x faster" in comment) == (kernel == "dkdv")
