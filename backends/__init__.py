@@ -27,6 +27,7 @@ BUILTIN = {
     "gluon": "flash2.backends.gluon_hopper:GluonHopper",
     "gluon-deterministic": "flash2.backends.gluon_hopper:GluonDeterministic",
     "cupy": "flash2.backends.cupy_cuda:CupyCuda",
+    "numba-cuda": "flash2.backends.numba_cuda:NumbaCuda",
     "fa2": "flash2.backends.peers.flash_attention:FA2",
     "fa3": "flash2.backends.peers.flash_attention:FA3",
     "fa4": "flash2.backends.peers.flash_attention:FA4",

@@ -19,7 +19,7 @@ import torch
 from flash2.core.contract import TORCH_DTYPES
 from flash2.core.timing import timer_for
 
-LIBRARIES = ("triton", "cupy-cuda13x", "numba", "numpy", "flash-attn-4")
+LIBRARIES = ("triton", "cupy-cuda13x", "numba", "numba-cuda", "numpy", "flash-attn-4")
 
 
 def environment(device: torch.device, seed: int, *, ceilings: bool = True) -> dict[str, Any]:
@@ -73,6 +73,7 @@ def diagnosis() -> list[tuple[str, str, str]]:
         "triton": "triton",
         "cupy-cuda13x": "cupy",
         "numba": "numba",
+        "numba-cuda": "numba-cuda",
         "matplotlib": "plots",
         "nvidia-ml-py": "plots",
     }

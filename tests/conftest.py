@@ -3,8 +3,10 @@
 import dataclasses
 import logging
 import os
+import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -49,6 +51,39 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
         config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
         quicken_interpreter()
+    if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":  # its numpy warns where a GPU is silent
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:flash2.backends.numba_cuda_kernels")
+        quicken_simulator()
+
+
+def quicken_simulator():
+    """numba's simulator polls the threads of a block without rest, which takes the interpreter from them: let them
+    meet at a barrier. If one never comes or raises, the barrier breaks and all of them end."""
+    from numba.cuda.simulator import kernel
+
+    def run(block, grid_point, *args):
+        points = list(np.ndindex(*block._block_dim))
+        barrier = threading.Barrier(len(points), timeout=10)
+
+        def body():
+            try:
+                block._f(*args)
+            except BaseException:
+                barrier.abort()
+                raise
+
+        threads = [kernel.BlockThread(body, block, grid_point, point, block._debug) for point in points]
+        for thread in threads:
+            thread.syncthreads = barrier.wait
+            thread.start()
+        for thread in threads:
+            thread.join()
+        raised = [thread.exception for thread in threads if thread.exception]
+        raised.sort(key=lambda pair: isinstance(pair[0], threading.BrokenBarrierError))  # the cause comes first
+        if raised:
+            raise raised[0][0].with_traceback(raised[0][1])
+
+    kernel.BlockManager.run = run
 
 
 def quicken_interpreter():

@@ -16,15 +16,19 @@ ROOT = Path(flash2.__file__).parent
 OPTIONAL = {
     "triton": ("triton_fa2", "gluon_hopper"),
     "cupy": ("cupy_cuda",),
-    "numba": ("numba_cpu", "numba_kernels"),
+    "numba": ("numba_cpu", "numba_kernels", "numba_cuda", "numba_cuda_kernels"),
     "llvmlite": ("numba_kernels",),
+    "numba_cuda": (),  # takes the place of numba.cuda
     "flash_attn": ("peers",),
     "flash_attn_interface": ("peers",),
     "matplotlib": (),
     "pynvml": (),
     "transformers": (),
 }
-SAME = (("numba_cpu", "numba_kernels"),)  # one backend in several files beside each other
+SAME = (  # one backend in several files beside each other
+    ("numba_cpu", "numba_kernels"),
+    ("numba_cuda", "numba_cuda_kernels"),
+)
 TORCH_FREE = ("problem", "results", "report")  # of core: read by programs that never load torch
 
 
@@ -110,6 +114,7 @@ def test_the_house_keeps_its_rules():
         ("backends/naive.py", "import triton.language as tl"),
         ("backends/naive.py", "def f():\n    import numba"),
         ("backends/numba_cpu.py", "from flash2.backends.naive import scores"),
+        ("backends/numba_cuda.py", "from flash2.backends import numba_kernels"),
         ("backends/triton_fa2/launch.py", "from ..naive import scores"),
         ("backends/triton_fa2/launch.py", "import cupy"),
         ("backends/triton_fa2/__init__.py", "from ..numba_cpu import launch"),
@@ -211,5 +216,6 @@ for name in flash2.list_backends():
 """
     lines = dict(line.split(" | ") for line in run("-c", code).splitlines())
     assert lines["naive"] == "None"
-    assert "numba" in lines["numba"]
-    assert "install" in lines["numba"]
+    for name in ("numba", "numba-cuda"):
+        assert f"{name} is not installed" in lines[name]
+        assert "pip install" in lines[name] and f"[{name}]" in lines[name]
