@@ -12,8 +12,9 @@ TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 bench: $(READY)
 	$(BIN)/python bench.py
 
+# One process a core, of one thread each: tests of small tensors gain nothing from a second.
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # Backends inside other people's libraries, which are large and not installed for the rest.
 integrations: $(READY)
