@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -31,12 +31,16 @@ class WorkerGone(Exception):
 
 
 class Worker:
-    """A process that runs `target(emit, request)` for every request, and the pipe to it."""
+    """A process that runs `target(emit, request)` for every request, and the pipe to it.
 
-    def __init__(self, target: str) -> None:
+    environment: variables it has beside those of this process."""
+
+    def __init__(self, target: str, environment: Mapping[str, str] | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, target, os.getpid()), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, target, os.getpid(), dict(environment or {})), daemon=True
+        )
         self._process.start()
         theirs.close()
 
@@ -86,7 +90,8 @@ class Worker:
         self._pipe.close()
 
 
-def _serve(pipe: Connection, target: str, parent: int) -> None:
+def _serve(pipe: Connection, target: str, parent: int, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _die_with(parent)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler reports its stages on stderr otherwise

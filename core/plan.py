@@ -206,6 +206,9 @@ OPTIONS: dict[str, Option] = {
     "device": Option(one_of("auto", "cpu", "cuda"), "D", "auto (the GPU where there is one), cpu or cuda", "auto"),
     "timeout": Option(number(1, 86400), "S", "seconds a worker may be silent before its cell is a timeout", "300"),
     "seconds": Option(number(0.01, 3600), "S", "most time to spend timing one cell", "1"),
+    "cold": Option(
+        yes, "yes|no", "compile everything anew, into caches that begin empty: what first calls take", "no", flag=True
+    ),
     "graph": Option(yes, "yes|no", "also time forwards as CUDA-graph replays", "no", flag=True),
     "seed": Option(integer, "N", "seed of the inputs", "0"),
 }  # fmt: skip

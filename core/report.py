@@ -16,6 +16,7 @@ from pathlib import Path
 import tabulate as tabulate_module
 from tabulate import DataRow, TableFormat, tabulate
 
+from flash2.core import ways
 from flash2.core.compare import Speedup, speedup
 from flash2.core.problem import PRECISIONS
 from flash2.core.results import Result, latest, read_results
@@ -73,6 +74,7 @@ COLUMNS = (
     Column("max rms error", _error, optional=True),
     Column("MiB", lambda r: "" if r.peak_bytes is None else f"{r.peak_bytes / 2**20:.0f}", optional=True),
     Column("graph ms", lambda r: _milliseconds(r.graph_ms), optional=True),
+    Column("first call s", lambda r: "" if r.build_ms is None else f"{r.build_ms / 1e3:.2g}", optional=True),
 )
 
 
@@ -241,24 +243,32 @@ def _shown(environment: dict) -> dict:
     return shown
 
 
-_MARKED = re.compile(r"(<!-- (?P<what>table|sample): (?P<path>\S+) -->\n).*?(<!-- /(?P=what) -->)", re.DOTALL)
+_MARKED = re.compile(
+    r"(<!-- (?P<what>table|sample|ways|speeds): (?P<paths>\S+( \S+)*) -->\n).*?(?P<end><!-- /(?P=what) -->)", re.DOTALL
+)
 
 
 def fill_tables(document: Path) -> str:
     """The text of a Markdown file with each `<!-- table: FILE.jsonl -->` ... `<!-- /table -->` made anew: pivots, or
-    the rows of training runs; `<!-- sample: ... -->` is the text that the last run wrote.
+    the rows of training runs; `<!-- sample: ... -->` is the text that the last run wrote. `<!-- ways: ... -->` and
+    `<!-- speeds: ... -->` take several files, of which some may not be there yet, and are core.ways's tables.
 
     Paths are relative to the document."""
 
     def fill(match: re.Match[str]) -> str:
-        source = document.parent / match["path"]
-        if match["what"] == "sample":
+        files = [document.parent / path for path in match["paths"].split()]
+        source = files[0]
+        if match["what"] == "ways":
+            text = ways.overview(files)
+        elif match["what"] == "speeds":
+            text = ways.speeds(files, document.parent)
+        elif match["what"] == "sample":
             text = runs.sample_block([run for run in runs.read_runs(source) if run.sample][-1]) + "\n"
         elif runs.holds_runs(source):
             text = runs.table(runs.read_runs(source), "markdown") + "\n"
         else:
             text = pivots(list(latest(read_results(source)).values()))
-        return f"{match[1]}\n{text}\n{match[4]}"
+        return f"{match[1]}\n{text}\n{match['end']}"
 
     return _MARKED.sub(fill, document.read_text())
 

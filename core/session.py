@@ -66,7 +66,7 @@ class Session:
 
     def _sweep(self) -> Sweep:
         option = plan.with_defaults(self.config | self.given)
-        get = {n: plan.parse_option(n, option[n]) for n in ("device", "seed", "timeout", "seconds", "graph")}
+        get = {n: plan.parse_option(n, option[n]) for n in ("device", "seed", "timeout", "seconds", "graph", "cold")}
         return Sweep(resolve=self.resolve, **get)
 
     def _options(self, sweep: Sweep) -> tuple[str, dict[str, str], dict[str, dict[str, Any]]]:

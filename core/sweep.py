@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,10 @@ from flash2.core.problem import Problem
 from flash2.core.results import Result, fingerprint
 
 HANDLER = "flash2.core.cell:handle"
+# Where compilers keep what they made: our own and most others', Triton, torch.compile, numba, CuPy, the CUDA driver.
+CACHES = (
+    "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "NUMBA_CACHE_DIR", "CUPY_CACHE_DIR", "CUDA_CACHE_PATH",
+)  # fmt: skip
 START_SECONDS = 300.0  # importing torch from a cold disk, and measuring the ceilings
 
 
@@ -28,9 +34,11 @@ class Sweep:
     timeout: float = 300.0
     seconds: float = 1.0
     graph: bool = False
+    cold: bool = False  # the worker begins with empty compile caches
     environment: dict[str, Any] = field(default_factory=dict)
     on_stage: Callable[[str, str, str], None] = lambda backend, precision, stage: None
     _worker: Worker | None = None
+    _caches: list[tempfile.TemporaryDirectory[str]] = field(default_factory=list)
 
     def hello(self, backends: list[str]) -> tuple[str, dict[str, dict[str, Any]]]:
         """The device found, and of each backend why it is unavailable, its version and its classes."""
@@ -39,6 +47,8 @@ class Sweep:
         for event in self._ask({"op": "hello", "backends": backends, "seed": self.seed}, START_SECONDS):
             if event["event"] == "environment":
                 device, self.environment = event["device"], event["environment"]
+                if self.cold:
+                    self.environment["caches"] = "empty"
             else:
                 found[event["name"]] = event
         return device, found
@@ -88,7 +98,7 @@ class Sweep:
                 yield current, {**judged.get(current, {}), "status": gone.status, "reason": f"{gone} (stage: {stage})"}
 
     def _ask(self, request: dict[str, Any], deadline: float) -> Iterator[dict[str, Any]]:
-        worker = self._worker = self._worker or Worker(HANDLER)
+        worker = self._worker = self._worker or Worker(HANDLER, self._empty_caches() if self.cold else {})
         if request["op"] != "doctor":
             request |= {"resolve": self.resolve}
         try:
@@ -96,6 +106,11 @@ class Sweep:
         except WorkerGone:
             self._worker = None
             raise
+
+    def _empty_caches(self) -> dict[str, str]:
+        # A worker that takes over from a dead one compiles anew too.
+        self._caches.append(tempfile.TemporaryDirectory(prefix="flash2-cold-", ignore_cleanup_errors=True))
+        return {variable: os.path.join(self._caches[-1].name, variable) for variable in CACHES}
 
     def _results(
         self, problem: Problem, cells: list[tuple[str, str]], answers: list[dict[str, Any]], baseline: str
@@ -155,3 +170,5 @@ class Sweep:
         if self._worker is not None:
             self._worker.kill() if at_once else self._worker.close()
             self._worker = None
+        while self._caches:
+            self._caches.pop().cleanup()

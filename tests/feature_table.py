@@ -1,4 +1,7 @@
-"""The table of docs/contract.md: what each built-in backend declares. `python tests/feature_table.py` rewrites it."""
+"""What each built-in backend declares: the table of docs/contract.md, and of docs/kernels-in-python.md what it does not.
+
+`python tests/feature_table.py` rewrites both.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ import flash2
 from flash2 import get_backend
 from flash2.backends import BUILTIN
 from flash2.core.contract import FEATURES, Backend, Capability
+from flash2.core.problem import PRECISIONS
+from flash2.core.ways import WAYS
 
-DOCUMENT = Path(flash2.__file__).parent / "docs" / "contract.md"
+DOCS = Path(flash2.__file__).parent / "docs"
+CONTRACT, COMPARISON = DOCS / "contract.md", DOCS / "kernels-in-python.md"
 BEGIN, END = "<!-- declared: begin -->", "<!-- declared: end -->"
 
 
@@ -42,14 +48,50 @@ def row(backend: Backend, device: str, capability: Capability) -> list[str]:
     return [f"`{backend.name}`", device, classes, shown, *("yes" if flag else "-" for flag in flags)]
 
 
-def written(document: str) -> str:
-    """`document` with the table between its markers made anew."""
+def gaps() -> str:
+    """One row per way to write a kernel: what its backend does not declare."""
+    lines = [["way", "cannot"], ["---", "---"]]
+    lines += [[way.title, "; ".join(lacking(get_backend(way.backend).capability))] for way in WAYS]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def lacking(capability: Capability) -> list[str]:
+    """Everything that `capability` leaves out, in words."""
+    found = [f"no {name}" for device, name in (("cpu", "CPU"), ("cuda", "GPU")) if device not in capability.devices]
+    if capability.min_arch is not None:
+        newest = capability.max_arch
+        sm = "sm_{}{}".format(*capability.min_arch)
+        found.append(f"only {sm}" if newest == capability.min_arch else f"nothing before {sm}")
+        if newest not in (None, capability.min_arch):
+            found.append("nothing after sm_{}{}".format(*newest))
+    for dtype, classes in PRECISIONS.items():
+        offered = capability.precisions.get(dtype, ())
+        if not offered:
+            found.append(f"no {dtype}")
+        elif missing := [name for name in classes if name not in offered]:
+            found.append(f"no {dtype} in {', '.join(missing)}")
+    found += [f"no {name}" for name in FEATURES if name not in capability.features]
+    dims = capability.head_dims
+    if dims[-1] <= 512:
+        found.append(f"no head_dim above {dims[-1]}")
+    if dims[0] > 1 or (isinstance(dims, range) and dims.step > 1):
+        found.append(f"head_dim from {dims[0]} on in steps of {dims.step if isinstance(dims, range) else 'its own'}")
+    found += [] if capability.backward else ["no backward"]
+    return found + ([] if capability.deterministic else ["not the same bits every time"])
+
+
+TABLES = {CONTRACT: table, COMPARISON: gaps}
+
+
+def written(document: str, made: str) -> str:
+    """`document` with `made` between its markers."""
     before, found, rest = document.partition(BEGIN)
     _, closed, after = rest.partition(END)
     if not (found and closed):
         raise ValueError(f"the document lacks {BEGIN} or {END}")
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{made}\n{END}{after}"
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(written(DOCUMENT.read_text()))
+    for path, make in TABLES.items():
+        path.write_text(written(path.read_text(), make()))

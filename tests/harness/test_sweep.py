@@ -50,8 +50,8 @@ def test_a_fault_is_a_row_and_the_others_are_measured(sweep, name, status, says)
 
 @pytest.mark.parametrize("name", ["Hangs", "HangsWhenTimed"])
 def test_a_hang_is_a_timeout(sweep, name):
-    faulty, after = run(sweep, name, "naive", timeout=6)
-    assert faulty.status == "timeout" and "6 s" in faulty.reason
+    faulty, after = run(sweep, name, "naive", timeout=12)  # a new worker must start within it, too
+    assert faulty.status == "timeout" and "12 s" in faulty.reason
     assert after.status == "ok"
 
 
@@ -83,3 +83,37 @@ def test_every_pass_is_judged_and_timed(sweep, pass_):
         assert row.tflops == pytest.approx(row.problem.flops / row.ms.median / 1e9)
         assert row.ms.p20 <= row.ms.median <= row.ms.p80
         assert row.error["max"] > 0 and row.kernels and len(row.rounds) >= 3
+
+
+COLD = """
+import os
+from pathlib import Path
+from flash2.core.contract import Backend, Capability
+
+
+class Remembers(Backend):
+    capability = Capability(devices=("cpu",), precisions={"fp32": ("ieee",)})
+
+    def version(self):
+        cache = Path(os.environ["TRITON_CACHE_DIR"])
+        seen = cache.exists()
+        cache.mkdir(parents=True, exist_ok=True)
+        return f"{seen} {cache}"
+"""
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_cold_sweep_begins_with_empty_caches_and_leaves_none(tmp_path, monkeypatch, cold):
+    warm = tmp_path / "warm"
+    warm.mkdir()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(warm))
+    (tmp_path / "cold.py").write_text(COLD)
+    name = f"{tmp_path / 'cold.py'}:Remembers"
+    sweep = Sweep(resolve="flash2.backends:get_backend", device="cpu", cold=cold)
+    try:
+        seen, _, cache = sweep.hello([name])[1][name]["version"].partition(" ")
+        assert sweep.environment.get("caches") == ("empty" if cold else None)  # --resume tells the two apart
+    finally:
+        sweep.close()
+    assert (seen, cache == str(warm)) == (("False", False) if cold else ("True", True))
+    assert Path(cache).exists() is not cold
