@@ -1,4 +1,5 @@
-"""The cupy backend's CUDA sources run on a CPU by tests/mma_on_cpu.cpp: slow, and exact in what they index and mask.
+"""The cupy backend's CUDA sources run on a CPU by tests/mma_on_cpu.cpp and hopper_on_cpu.hpp: slow, and exact in what they
+index, mask and wait for.
 
 `--backends tests/cuda_on_cpu.py:CudaOnCPU` gives it to the contract suite.
 """
@@ -6,34 +7,38 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import dataclasses
 import functools
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
-from flash2.backends.cupy_cuda import CupyCuda, compile, launch
+import torch
 
-EMULATOR = Path(__file__).parent / "mma_on_cpu.cpp"
-ARCH = 80  # the kernels of any GPU
+from flash2.backends.cupy_cuda import CupyCuda, compile, hopper, launch
+
+EMULATOR = (Path(__file__).parent / "mma_on_cpu.cpp", Path(__file__).parent / "hopper_on_cpu.hpp")
+PROCESSORS = 3  # so that a persistent block has several row tiles
 COMPILER = shutil.which("g++")
 
 
 class CudaOnCPU(CupyCuda):
-    """CupyCuda without a GPU: the same plans, parameters and sources."""
+    """CupyCuda without a GPU: the same plans, parameters and sources, as for compute capability `arch`."""
 
     name = "cuda-on-cpu"
     capability = dataclasses.replace(CupyCuda.capability, devices=("cpu",), min_arch=None)
 
-    def __init__(self, eager: bool = False) -> None:
+    def __init__(self, eager: bool = False, arch: int = 80) -> None:
         super().__init__()
-        self.plan = EagerPlan if eager else HostPlan
+        self.eager, self.arch = eager, arch
 
     def unavailable(self):
         return None if COMPILER else "no g++"
@@ -49,29 +54,43 @@ class CudaOnCPU(CupyCuda):
         with self._on_cpu():
             return super().backward(do, q, k, v, o, lse, spec)
 
+    @contextlib.contextmanager
     def _on_cpu(self):
-        return mock.patch.multiple(launch, Plan=self.plan, arch_of=lambda device: ARCH, _plans={})
+        def run(plan, *pointers):
+            plan.fill(pointers)
+            run_all(plan, self.eager)
+
+        with (
+            mock.patch.object(launch.Plan, "__call__", run),
+            mock.patch.multiple(
+                launch, arch_of=lambda device: self.arch, processors_of=lambda device: PROCESSORS, _plans={}
+            ),
+            mock.patch.multiple(hopper, encode=encode, mover=lambda: move),
+        ):
+            yield
 
 
-class HostPlan(launch.Plan):
-    """Runs its kernels where it is; RuntimeError with what a kernel did that a GPU forbids."""
-
-    eager = False
-
-    def __call__(self, *pointers: int) -> None:
-        launch.POINTERS.pack_into(self.buffer, 0, *pointers)
-        params = ctypes.c_void_p(ctypes.addressof(self.buffer))
-        for kernel in self.kernels:
-            run = library(kernel.source, launch.ENTRIES[kernel.name], kernel.defines).launch
-            run.restype = ctypes.c_char_p
-            if failure := run(params, kernel.grid, int(self.eager)):
-                raise RuntimeError(f"{kernel.source}: {failure.decode()}")
+def run_all(plan: launch.Plan, eager: bool) -> None:
+    """Run a plan's kernels; RuntimeError with what one did that a GPU forbids."""
+    for kernel in plan.kernels:
+        run = library(kernel.source, launch.ENTRIES[kernel.name], kernel.defines).launch
+        run.restype = ctypes.c_char_p
+        if failure := run(plan.pointer, kernel.grid, int(eager)):
+            raise RuntimeError(f"{kernel.source}: {failure.decode()}")
 
 
-class EagerPlan(HostPlan):
-    """Copies to shared memory are made at once."""
+def encode(address: int, x: torch.Tensor, rows: int) -> None:
+    """Stands for the driver's: a map as hopper_on_cpu.hpp reads it."""
+    assert address % 64 == 0 and hopper.describable(x)
+    strides = [2 * s for s in reversed(x.stride()[:3])]
+    content = struct.pack("16Q", x.data_ptr(), *reversed(x.shape), *strides, rows, *[0] * 7)
+    ctypes.memmove(address, content, len(content))
 
-    eager = True
+
+def move(address: int, pointer: int) -> int:
+    """Stands for the driver's cuTensorMapReplaceAddress."""
+    ctypes.memmove(address, struct.pack("Q", pointer), 8)
+    return 0
 
 
 @functools.cache
@@ -89,13 +108,13 @@ def folder() -> Path:
 def library(source: str, entry: str, defines: Mapping[str, int]) -> ctypes.CDLL:
     """`source` compiled for this machine; `launch(params, grid, eager)` runs it."""
     flags = ["-DON_CPU", f'-DSOURCE="{source}"', f"-DENTRY={entry}", *(f"-D{k}={v}" for k, v in defines.items())]
-    texts = [EMULATOR, *(compile.SOURCES / name for name in (source, *compile.headers(source)))]
+    texts = [*EMULATOR, *(compile.SOURCES / name for name in (source, *compile.headers(source)))]
     name = hashlib.sha256("\0".join([*flags, *(path.read_text() for path in texts)]).encode()).hexdigest()[:24]
     path = folder() / f"{name}.so"
     if not path.exists():
         made = f"{path}.{os.getpid()}"
         command = [COMPILER, "-std=c++17", "-O1", "-march=native", "-w", "-shared", "-fPIC", f"-I{compile.SOURCES}"]
-        done = subprocess.run([*command, *flags, str(EMULATOR), "-o", made], capture_output=True, text=True)
+        done = subprocess.run([*command, *flags, str(EMULATOR[0]), "-o", made], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[:3000]
         os.replace(made, path)
     return ctypes.CDLL(str(path))

@@ -10,6 +10,8 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
+#include <type_traits>
 #include <vector>
 
 #define __global__
@@ -41,7 +43,7 @@ static float __fdividef(float x, float y) { return x / y; }
 struct Index {
     unsigned x;
 };
-static Index threadIdx, blockIdx;
+static Index threadIdx, blockIdx, gridDim;
 
 // ---- fibers
 
@@ -58,8 +60,7 @@ struct Copy {
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
-    Barrier *waits = nullptr;
-    long until = 0;
+    std::function<bool()> ready;  // may it go on? empty: yes
     bool done = false;
     std::vector<Copy> copies;
     int groups = 0;
@@ -86,19 +87,31 @@ static void fail(const char *what) {
     swapcontext(&fibers[current].context, &scheduler);
 }
 
+static void wait_until(std::function<bool()> ready) {
+    if (ready()) return;
+    fibers[current].ready = ready;
+    swapcontext(&fibers[current].context, &scheduler);
+}
+
+// Wait until nobody else can go on.
+static int patient;   // how many wait so
+static long at_rest;  // how often nobody could
+static void wait_for_others() {
+    patient++;
+    wait_until([until = at_rest + 1] { return at_rest >= until; });
+    patient--;
+}
+
 // Wait until all of the barrier have come; the last one first does `work` for all.
 template <class Work>
 static void meet(Barrier &barrier, Work work) {
-    Fiber &self = fibers[current];
     if (++barrier.arrived == barrier.size) {
         work();
         barrier.arrived = 0;
         barrier.rounds++;
         return;
     }
-    self.waits = &barrier;
-    self.until = barrier.rounds + 1;
-    swapcontext(&self.context, &scheduler);
+    wait_until([&barrier, until = barrier.rounds + 1] { return barrier.rounds >= until; });
 }
 
 static void __syncthreads() {
@@ -125,6 +138,10 @@ static float __shfl_xor_sync(unsigned, float x, int far) {
         for (int lane = 0; lane < 32; lane++) out[lane][0] = in[lane ^ in[lane][1]][0];
     });
     return __uint_as_float(out[0]);
+}
+
+static unsigned __shfl_xor_sync(unsigned mask, unsigned x, int far) {
+    return __float_as_uint(__shfl_xor_sync(mask, __uint_as_float(x), far));
 }
 
 static bool __all_sync(unsigned, bool x) {
@@ -263,14 +280,25 @@ static void copy_wait() {
     self.copies.erase(self.copies.begin(), late);
 }
 
+#ifdef Q_SLOTS
+typedef unsigned long long u64;
+#include "hopper_on_cpu.hpp"
+#else
+static void reset_hopper() {}
+static bool copy_one_box() { return false; }
+#endif
+
 #include SOURCE
 
 // ---- the launch
 
-static const Params *params;
+static const void *params;
+
+template <class T>
+static void call(void (*kernel)(T)) { kernel(*static_cast<const T *>(params)); }
 
 static void run_fiber() {
-    ENTRY(*params);
+    call(ENTRY);
     Fiber &self = fibers[current];
     if (!self.copies.empty()) fail("a copy that nobody waited for");
     self.done = true;
@@ -281,10 +309,12 @@ static void run_block(bool reversed) {
     memset(memory, 0xFF, sizeof memory);  // NaN in every type
     for (auto &warp : warps) warp.barrier = {32};
     everyone = {LANES};
+    patient = 0;
+    reset_hopper();
     for (int n = 0; n < LANES; n++) {
         Fiber &fiber = fibers[n];
         fiber.stack.resize(1 << 17);
-        fiber.done = false, fiber.waits = nullptr, fiber.groups = 0;
+        fiber.done = false, fiber.ready = nullptr, fiber.groups = 0;
         fiber.copies.clear();
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -300,8 +330,8 @@ static void run_block(bool reversed) {
                 again = false;
                 for (int lane = 0; lane < 32; lane++) {
                     Fiber &fiber = fibers[32 * warp + lane];
-                    if (fiber.done || (fiber.waits && fiber.waits->rounds < fiber.until)) continue;
-                    fiber.waits = nullptr;
+                    if (fiber.done || (fiber.ready && !fiber.ready())) continue;
+                    fiber.ready = nullptr;
                     current = 32 * warp + lane;
                     threadIdx.x = current;
                     swapcontext(&scheduler, &fiber.context);
@@ -312,13 +342,15 @@ static void run_block(bool reversed) {
             }
         }
         reversed = !reversed;
-        if (!moved) snprintf(failure, sizeof failure, "block %u: every thread waits at a barrier that not all of them reach", blockIdx.x);
+        if (moved) continue;
+        if (patient) at_rest++;
+        else if (!copy_one_box()) snprintf(failure, sizeof failure, "block %u: every thread waits at a barrier that not all of them reach", blockIdx.x);
     }
 }
 
 // Every thread of every block, one after the other. What went wrong, or an empty text.
-extern "C" const char *launch(const Params *p, int grid, int copies_at_once) {
-    params = p;
+extern "C" const char *launch(const void *p, int grid, int copies_at_once) {
+    params = p, gridDim.x = grid;
     eager = copies_at_once;
     *failure = 0;
     for (int n = 0; n < grid && !*failure; n++) {

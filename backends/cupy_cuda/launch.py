@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from flash2.backends.cupy_cuda import compile, fp32, half
+from flash2.backends.cupy_cuda import compile, fp32, half, hopper
+from flash2.backends.cupy_cuda.hopper import HopperTile
 from flash2.backends.cupy_cuda.tiles import Family, Tile
 from flash2.core.contract import TORCH_DTYPES, Spec, spec_of
 from flash2.core.problem import Problem
@@ -38,7 +39,7 @@ ROWS = 128  # lse2 and delta are padded to a multiple of this, so that a tile of
 # struct Params of params.cuh: pointers, then what a plan keeps.
 POINTERS = struct.Struct("12Q")
 CONSTANTS = struct.Struct("24q 2q 8i 3f 4x")
-Pins = dict[str, Tile]  # kernel -> the tile it must run with
+Pins = dict[str, Tile | HopperTile]  # kernel -> the tile it must run with
 
 
 def attend(
@@ -131,11 +132,11 @@ def options(spec: Spec, pins: Pins | None) -> tuple:
 class Maths:
     """What a Spec means to the kernels: folded factors, switches, sizes."""
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, spec: Spec, arch: int) -> None:
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, spec: Spec, arch: int, processors: int) -> None:
         self.batch, self.heads, self.seq_q, self.head_dim = q.shape
         self.heads_kv, self.seq_kv = k.shape[1], k.shape[2]
         self.family = FAMILIES[spec.precision]
-        self.precision, self.arch = spec.precision, arch
+        self.precision, self.arch, self.processors = spec.precision, arch, processors
         left, right = spec.band
         # A band wider than the problem is no band: the last query sees key 0, the first the last key.
         self.banded = (left is not None and left < self.seq_kv - 1) or (right is not None and right < self.seq_q - 1)
@@ -147,12 +148,29 @@ class Maths:
         # Multiplying after the maximum needs a factor that is positive and that float32 does not flush to 0.
         self.fold = not (self.softcap or self.alibi) and self.scale >= SMALLEST_NORMAL
         self.block_d = min(d for d in self.family.head_dims if d >= self.head_dim)
+        self.hopper = hopper.suits(self)
         slopes = spec.alibi_slopes
         self.slope_strides = (0, 0) if slopes is None else (0, *slopes.stride())[-2:]
 
     def kernel(self, name: str, pins: Pins) -> Kernel:
-        """Kernel `name` on these sizes, in the tile that is pinned or that the family's table says."""
-        tile = pins.get(name) or self.family.tile(name, self)
+        """Kernel `name` on these sizes, in the tile that is pinned or that the family's table says.
+
+        ValueError for a pinned tile of Hopper's that does not suit.
+        """
+        tile = pins.get(name)
+        if isinstance(tile, HopperTile) and not (self.hopper and name == "forward"):
+            raise ValueError(
+                f"tile {tile} does not suit: it is for the forward of fp16 and bf16 on compute capability 9.0"
+            )
+        if tile is None:
+            tile = hopper.tile(self) if self.hopper and name == "forward" else self.family.tile(name, self)
+        if isinstance(tile, HopperTile):
+            blocks = min(-(-self.seq_q // tile.block_m) * self.batch * self.heads, self.processors)
+            defines = {"PRECISION": PRECISION_CODES[self.precision], **hopper.defines(tile, self)}
+            return Kernel(
+                name=name, source=hopper.SOURCE, tile=tile, defines=defines, shared=defines["SHARED"], grid=blocks,
+                threads=32 * tile.warps,
+            )  # fmt: skip
         rows, heads = (self.seq_kv, self.heads_kv) if name == "gradients_kv" else (self.seq_q, self.heads)
         block = tile.block_n if name == "gradients_kv" else tile.block_m
         if name == "statistics":
@@ -180,13 +198,18 @@ class Maths:
 
 def plan_forward(q, k, v, o, spec: Spec, pins: Pins) -> Plan:
     """The forward launch for tensors laid out like these."""
-    maths = Maths(q, k, spec, arch_of(q.device))
-    return Plan([maths.kernel("forward", pins)], maths.constants(q, k, v, o, None, None, None, None), q.device)
+    maths = Maths(q, k, spec, arch_of(q.device), processors_of(q.device))
+    maths.hopper = maths.hopper and all(hopper.describable(x) for x in (q, k, v, o))
+    kernel = maths.kernel("forward", pins)
+    constants = maths.constants(q, k, v, o, None, None, None, None)
+    if not isinstance(kernel.tile, HopperTile):
+        return Plan([kernel], constants, q.device)
+    return HopperPlan(kernel, constants, maths, (q, k, v))
 
 
 def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, pins: Pins) -> Plan:
     """The backward launches, in their order, for tensors laid out like these."""
-    maths = Maths(q, k, spec, arch_of(q.device))
+    maths = Maths(q, k, spec, arch_of(q.device), processors_of(q.device))
     kernels = [maths.kernel(name, pins) for name in ("statistics", "gradients_kv", "gradients_q")]
     return Plan(kernels, maths.constants(q, k, v, o, do, dq, dk, dv), q.device)
 
@@ -198,7 +221,7 @@ def kernels_of(problem: Problem, arch: int, pins: Pins) -> list[Kernel]:
         q = torch.empty(problem.batch, problem.heads_q, problem.seq_q, problem.head_dim, dtype=dtype)
         k = torch.empty(problem.batch, problem.heads_kv, problem.seq_kv, problem.head_dim, dtype=dtype)
         slopes = torch.empty(problem.heads_q) if problem.alibi else None
-    maths = Maths(q, k, spec_of(problem, slopes), arch)
+    maths = Maths(q, k, spec_of(problem, slopes), arch, hopper.PROCESSORS)
     names = ["forward"] if problem.pass_ != "bwd" else []
     names += ["statistics", "gradients_kv", "gradients_q"] if problem.pass_ != "fwd" else []
     return [maths.kernel(name, pins) for name in names]
@@ -220,13 +243,18 @@ def arch_of(device: torch.device) -> int:
     return major * 10 + minor
 
 
+def processors_of(device: torch.device) -> int:
+    """How many multiprocessors it has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @dataclass(slots=True, kw_only=True)
 class Kernel:
     """One kernel with all that its launch needs beside Params; `load` compiles it."""
 
     name: str
     source: str
-    tile: Tile
+    tile: Tile | HopperTile
     defines: dict[str, int]
     grid: int
     threads: int
@@ -260,16 +288,25 @@ def module_of(source: str, defines: tuple[tuple[str, int], ...], device: torch.d
 class Plan:
     """Kernels that run one after the other on the same Params, of which a call fills in the pointers."""
 
-    __slots__ = ("arguments", "buffer", "context", "device", "kernels", "launch", "lock", "pointer")
+    __slots__ = ("arguments", "context", "device", "kernels", "launch", "lock", "memory", "place", "pointer")
+    head = 0  # bytes before Params in what the kernels are handed
 
     def __init__(self, kernels: list[Kernel], constants: bytes, device: torch.device) -> None:
         self.kernels, self.device = kernels, device
-        self.buffer = ctypes.create_string_buffer(bytes(POINTERS.size) + constants, POINTERS.size + len(constants))
-        self.pointer = ctypes.c_void_p(ctypes.addressof(self.buffer))
+        size = self.head + POINTERS.size + len(constants)
+        self.memory = ctypes.create_string_buffer(size + 64)
+        begin = -ctypes.addressof(self.memory) % 64  # where tensor maps may stand
+        self.place = begin + self.head
+        self.memory[self.place + POINTERS.size : begin + size] = constants
+        self.pointer = ctypes.c_void_p(ctypes.addressof(self.memory) + begin)
         self.arguments = ctypes.addressof(self.pointer)  # the driver's void **kernelParams, of one parameter
-        self.lock = threading.Lock()  # autograd's thread and the caller's share the buffer
+        self.lock = threading.Lock()  # autograd's thread and the caller's share the memory
         self.launch: Callable | None = None
         self.context: Callable | None = None
+
+    def fill(self, pointers: tuple[int, ...]) -> None:
+        """Put a call's pointers where the kernels are handed them."""
+        POINTERS.pack_into(self.memory, self.place, *pointers)
 
     def __call__(self, *pointers: int) -> None:
         if self.launch is None:
@@ -279,7 +316,7 @@ class Plan:
         launch, arguments = self.launch, self.arguments
         stream = torch.cuda.current_stream(self.device).cuda_stream
         with self.lock:
-            POINTERS.pack_into(self.buffer, 0, *pointers)
+            self.fill(pointers)
             for kernel in self.kernels:  # the driver copies the parameters before it returns
                 launch(kernel.function, kernel.grid, 1, 1, kernel.threads, 1, 1, kernel.shared, stream, arguments, 0)
 
@@ -294,6 +331,32 @@ class Plan:
         self.launch, self.context = driver.launchKernel, driver.ctxGetCurrent
 
 
+class HopperPlan(Plan):
+    """A forward whose Params stand between the tensor maps of q, k and v, and the order of its row tiles."""
+
+    __slots__ = ("maps", "move", "order")
+    head = hopper.HEAD
+
+    def __init__(self, kernel: Kernel, constants: bytes, maths: Maths, tensors: tuple[torch.Tensor, ...]) -> None:
+        tile = kernel.tile
+        rounds, table = hopper.order(maths, tile, kernel.grid)
+        self.order = torch.tensor(table, dtype=torch.int32, device=tensors[0].device) if table else None
+        row_tiles = -(-maths.seq_q // tile.block_m) * maths.batch * maths.heads
+        tail = hopper.TAIL.pack(0 if self.order is None else self.order.data_ptr(), rounds, row_tiles)
+        super().__init__([kernel], constants + tail, tensors[0].device)
+        self.maps = [self.pointer.value + n * hopper.MAP for n in range(3)]
+        for place, x, rows in zip(self.maps, tensors, (tile.block_m, tile.block_n, tile.block_n), strict=True):
+            hopper.encode(place, x, rows)
+        self.move = hopper.mover()
+
+    def fill(self, pointers: tuple[int, ...]) -> None:
+        """As Plan does, and the addresses of q, k and v into their maps."""
+        move, (q, k, v) = self.move, self.maps
+        if move(q, pointers[0]) or move(k, pointers[1]) or move(v, pointers[2]):
+            raise RuntimeError("cuTensorMapReplaceAddress refuses an address")
+        POINTERS.pack_into(self.memory, self.place, *pointers)
+
+
 def enter_context(device: torch.device) -> None:
     """Make the context of `device`, which torch shares, this thread's: the driver's own launch does not."""
     from cupy_backends.cuda.api import runtime
@@ -302,10 +365,15 @@ def enter_context(device: torch.device) -> None:
     runtime.free(0)  # before CUDA 12 setDevice alone left it to the next call
 
 
-def parse_tile(text: str) -> Tile:
-    """'128x64 w4 s2' as a Tile: rows, keys, warps, stages. ValueError for another form."""
+def parse_tile(text: str) -> Tile | HopperTile:
+    """'128x64 w4 s2' as a Tile: rows, keys, warps, stages; or a HopperTile. ValueError for another form."""
+    if (found := hopper.parse(text)) is not None:
+        return found
     match = re.fullmatch(r"(\d+)x(\d+) w(\d+) s(\d+)", text.strip())
     if match is None:
-        raise ValueError(f"tile {text!r} is not of the form '128x64 w4 s2' (rows x keys, warps, stages)")
+        raise ValueError(
+            f"tile {text!r} is not of the form '128x64 w4 s2' (rows x keys, warps, stages) or 'wgmma 128x128 s2 q2' "
+            f"(rows x keys, stages of K and V, of Q) with any of {', '.join(hopper.FLAGS)}"
+        )
     block_m, block_n, warps, stages = map(int, match.groups())
     return Tile(block_m=block_m, block_n=block_n, warps=warps, stages=stages)

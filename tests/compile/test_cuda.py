@@ -5,6 +5,7 @@ A choice of them by default; `pytest tests/compile --every-kernel` has all, abou
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +24,8 @@ FEATURES = {
     "dressed": {"softcap": 30.0, "alibi": True},
     "negative": {"scale": -0.1},
 }
+# Where Hopper's forward has tiles of their own.
+HOPPER = {"long": {"seq_q": 4096}, "causal": {"causal": True}, "long-causal": {"causal": True, "seq_q": 4096}}
 KERNELS = ("forward", "statistics", "gradients_kv", "gradients_q")
 MATRIX = {
     f"sm{arch}-{precision}-d{head_dim}-{feature}-{kernel}": (arch, precision, head_dim, feature, kernel)
@@ -32,10 +35,19 @@ MATRIX = {
     for feature in FEATURES
     for kernel in KERNELS
     if feature == "plain" or kernel != "statistics"
+} | {
+    f"sm90-{precision}-d{head_dim}-{feature}-forward": (90, precision, head_dim, feature, "forward")
+    for precision in ("fp16", "bf16")
+    for head_dim in (64, 128)
+    for feature in HOPPER
 }
 CHOICE = [
     "sm90-bf16-d64-plain-forward",
     "sm90-bf16-d128-plain-forward",
+    "sm90-bf16-d64-long-forward",
+    "sm90-fp16-d128-causal-forward",
+    "sm90-bf16-d64-long-causal-forward",
+    "sm90-bf16-d256-plain-forward",
     "sm90-bf16-d64-plain-gradients_kv",
     "sm90-bf16-d128-plain-gradients_q",
     "sm90-bf16-d64-plain-statistics",
@@ -55,7 +67,7 @@ CHOICE = [
 def kernel_of(arch: int, precision: str, head_dim: int, feature: str, name: str, pins=None) -> launch.Kernel:
     """The kernel that such a problem launches."""
     dtype = precision if precision in ("fp16", "bf16") else "fp32"
-    fields = {"seq_q": 512, "pass_": "fwd+bwd", **FEATURES[feature]}
+    fields = {"seq_q": 512, "pass_": "fwd+bwd", **{**FEATURES, **HOPPER}[feature]}
     problem = Problem(heads_q=2, head_dim=head_dim, dtype=dtype, precision=precision, **fields)
     return next(kernel for kernel in launch.kernels_of(problem, arch, pins or {}) if kernel.name == name)
 
@@ -93,7 +105,14 @@ def test_the_choice_covers_the_matrix():
 
 # bug -> (cell, pinned tile, the class it is checked as, what is said)
 PLANTED = {
-    "a tile that spills": ("sm90-bf16-d128-plain-forward", "128x128 w4 s2", "bf16", "spilled"),
+    "a tile that spills": ("sm80-bf16-d128-plain-forward", "128x128 w4 s2", "bf16", "spilled"),
+    "wgmma in too few registers": ("sm90-bf16-d64-plain-forward", "wgmma 192x128 s2 q1 qreg", "bf16", "serialized"),
+    "mma.sync checked as something else": (
+        "sm90-bf16-d64-plain-forward",
+        "128x64 w4 s2",
+        "ieee",
+        "['HMMA'] where none",
+    ),
     "one with too much shared memory": ("sm120-bf16-d128-plain-forward", "128x64 w4 s4", "bf16", "shared memory"),
     "tensor cores in IEEE arithmetic": ("sm80-tf32-d32-plain-gradients_q", None, "ieee", "['HMMA'] where none"),
     "TF32 without tensor cores": ("sm80-ieee-d64-plain-gradients_q", None, "tf32", "none where ['HMMA']"),
@@ -108,3 +127,12 @@ def test_a_planted_violation_is_found(bug):
     kernel = kernel_of(*cell, pins={cell[-1]: launch.parse_tile(tile)} if tile else None)
     found = complaints(build(kernel, cell[0]), kernel, checked_as, cell[0])
     assert any(says in what for what in found), found
+
+
+def test_exponentials_behind_the_wait_are_found():
+    pins = {"forward": launch.parse_tile("wgmma 128x128 s2 q2 turns")}
+    kernel = kernel_of(*MATRIX["sm90-bf16-d128-plain-forward"], pins=pins)
+    built = build(kernel, 90)
+    assert not complaints(built, kernel, "bf16", 90)
+    kernel.tile = dataclasses.replace(kernel.tile, ordered=True)
+    assert complaints(built, kernel, "bf16", 90) == ["0 exponentials beside the product of P and V"]

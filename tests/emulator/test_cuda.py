@@ -8,14 +8,13 @@ from __future__ import annotations
 import shutil
 from itertools import product
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from cuda_on_cpu import COMPILER, CudaOnCPU
 from judged import Case
 
-from flash2.backends.cupy_cuda import compile, launch
+from flash2.backends.cupy_cuda import compile, hopper, launch
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no g++"),
@@ -64,8 +63,39 @@ def test_right(cell):
         judge(CudaOnCPU(eager), *cell)
 
 
+# name -> (tile, class of maths, head_dim, fields, how) of Hopper's forward. Blocks are fewer than row tiles, so each
+# computes some.
+HOPPER: dict[str, tuple[str | None, str, int, dict[str, Any], dict[str, Any]]] = {
+    "shipped-causal": (None, "bf16", 128, {**GROUPED, "batch": 2, "seq_q": 300, "causal": True}, {"layout": "bshd"}),
+    "shipped-full": (None, "fp16", 120, {"seq_q": 200, "seq_kv": 411}, {"layout": "packed"}),
+    "shipped-narrow": (None, "bf16", 48, {"heads_q": 3, "seq_q": 300, "seq_kv": 200, "causal": True}, {}),
+    "three-groups": ("wgmma 192x128 s2 q2", "fp16", 64, {**GROUPED, "seq_q": 450, "causal": True}, {}),
+    "window": (
+        "wgmma 128x64 s3 q1 turns ordered", "bf16", 128,
+        {**GROUPED, "seq_q": 300, "seq_kv": 411, "causal": True, "window": (150, 0)}, {"layout": "sliced"},
+    ),
+    "one-key": ("wgmma 128x64 s2 q2", "bf16", 64, {"heads_q": 5, "seq_q": 140, "seq_kv": 1, "causal": True}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_hopper_is_right(name):
+    for eager in (False, True):
+        judge_hopper(eager, *HOPPER[name])
+
+
+def judge_hopper(eager: bool, tile: str | None, precision: str, head_dim: int, fields: dict, how: dict) -> None:
+    """As judge() does, the forward for compute capability 9.0."""
+    backend = CudaOnCPU(eager, arch=90)
+    case = Case(backend.pin(**{"forward": tile} if tile else {}), precision, torch.device("cpu"))
+    problem = case.problem(head_dim=head_dim, pass_="fwd", **{"batch": 1, "heads_q": 1, **fields})
+    (kernel,) = launch.kernels_of(problem, 90, backend.pins)
+    assert kernel.source == hopper.SOURCE
+    case.judge(problem, **how)
+
+
 def test_the_choice_has_every_source_and_class():
-    sources = {name for family in launch.FAMILIES.values() for name in family.sources.values()}
+    sources = {name for family in launch.FAMILIES.values() for name in family.sources.values()} | {hopper.SOURCE}
     assert sources == {path.name for path in compile.SOURCES.glob("*.cu")}
     assert {precision for precision, *_ in CHOICE} == set(launch.FAMILIES)
 
@@ -124,24 +154,65 @@ BACKWARD = {
     "keys from the first query that sees one, off by a tile",
 }  # fmt: skip
 SMALL = {"forward": "32x32 w2 s2", "gradients_kv": "32x32 w2 s2", "gradients_q": "32x32 w2 s2"}
+NEXT = "mbarrier_wait(base + K_FULL + 8 * slot, count / STAGES & 1);\n                if"  # of the main loop
+FREE = "bar_arrive(V_FREE + before, RING_THREADS);"
+DONE = "products_wait<0>();\n                pin_down(o), pin_down(w);\n                "
+# The same, in Hopper's forward.
+PLANTED_HOPPER = {
+    "K read before it is there": (NEXT, "if"),
+    "K's barrier always in its first phase": (NEXT, NEXT.replace("count / STAGES & 1", "0")),
+    "S read before it is made": ("products_wait<1>();", ""),
+    "V given back while it is read": (DONE + FREE, FREE + DONE),
+    "P written while it is read": (DONE + FREE + "\n                pack_all(w, s);", "pack_all(w, s);" + DONE + FREE),
+    "nobody begins": ("if (TURNS && group == GROUPS - 1)", "if (TURNS && group == GROUPS)"),
+    "a slot that is never given back": (FREE, ""),
+    "the second half of V in the wrong place": ("descriptor(v + n * 2048, COLUMN_KV)", "descriptor(v + n * 2048, 1024)"),
+    "Q read without its swizzle": ("((chunk ^ (r & 7)) << 4)", "(chunk << 4)"),
+    "half the bytes of a tile": ("HALVES * column);", "column);"),
+    "every group the first one's rows": ("q_slot * TILE_Q + group * 8192", "q_slot * TILE_Q"),
+    "the edge of the mask off by one": ("min(i + 8 * r + p.right,", "min(i + 8 * r + p.right + 1,"),
+}  # fmt: skip
+PLANTED_IN = (
+    "wgmma 128x64 s2 q1 turns ordered qreg", "bf16", 128,
+    {"heads_q": 3, "seq_q": 200, "seq_kv": 264, "causal": True}, {},
+)  # fmt: skip
+
+
+@pytest.fixture
+def plant(tmp_path, monkeypatch):
+    """plant(file, before, after): compile the sources with that change."""
+    for path in compile.SOURCES.glob("*.cu*"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(compile, "SOURCES", tmp_path)
+
+    def change(name: str, before: str, after: str) -> None:
+        text = (tmp_path / name).read_text()
+        assert text.count(before) == 1, f"{before!r} stands {text.count(before)} times in {name}"
+        (tmp_path / name).write_text(text.replace(before, after))
+
+    return change
 
 
 @pytest.mark.parametrize("bug", PLANTED)
-def test_a_planted_fault_is_seen(bug, tmp_path):
+def test_a_planted_fault_is_seen(bug, plant):
     name, before, after, precision, feature = PLANTED[bug]
-    for path in compile.SOURCES.glob("*.cu*"):
-        shutil.copy(path, tmp_path)
-    text = (tmp_path / name).read_text()
-    assert text.count(before) == 1, f"{before!r} stands {text.count(before)} times in {name}"
-    (tmp_path / name).write_text(text.replace(before, after))
+    plant(name, before, after)
     pins = SMALL if precision == "bf16" else {}
     head_dim, pass_ = 32 if precision == "bf16" else 61, "fwd+bwd" if name in BACKWARD or bug in BACKWARD else "fwd"
     both = [CudaOnCPU(eager).pin(**pins) for eager in (False, True)]
-    with mock.patch.object(compile, "SOURCES", tmp_path), pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises((AssertionError, RuntimeError)):
         [judge(backend, precision, head_dim, feature, pass_) for backend in both]
 
 
-def test_small_tiles_are_right():
-    """What the faults are planted in is right without them."""
+@pytest.mark.parametrize("bug", PLANTED_HOPPER)
+def test_a_planted_fault_in_hoppers_forward_is_seen(bug, plant):
+    plant(hopper.SOURCE, *PLANTED_HOPPER[bug])
+    with pytest.raises((AssertionError, RuntimeError)):
+        [judge_hopper(eager, *PLANTED_IN) for eager in (False, True)]
+
+
+def test_without_a_fault_all_is_right():
     for feature, eager in product(("causal", "empty-rows"), (False, True)):
         judge(CudaOnCPU(eager).pin(**SMALL), "bf16", 32, feature)
+    for eager in (False, True):
+        judge_hopper(eager, *PLANTED_IN)

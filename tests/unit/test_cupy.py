@@ -14,7 +14,7 @@ import torch
 
 from flash2 import get_backend
 from flash2.backends import cupy_cuda
-from flash2.backends.cupy_cuda import compile, launch
+from flash2.backends.cupy_cuda import compile, hopper, launch
 from flash2.core.contract import spec_of
 from flash2.core.problem import Problem
 
@@ -160,6 +160,7 @@ class Device:
 
     def __init__(self, monkeypatch):
         self.launched, self.shared, self.entered, self.inside = [], {}, [], threading.local()
+        self.arch, self.encoded, self.moved = 80, [], []
         names = ("cupy", "cupy_backends", "cupy_backends.cuda", "cupy_backends.cuda.api", "cupy_backends.cuda.libs")
         for name in names:
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -167,7 +168,10 @@ class Device:
         api.driver = SimpleNamespace(launchKernel=self.launch, ctxGetCurrent=lambda: getattr(self.inside, "context", 0))
         api.runtime = SimpleNamespace(setDevice=self.enter, free=lambda pointer: None)
         sys.modules["cupy"].RawModule = lambda path: SimpleNamespace(get_function=lambda name: Function(self, name))
-        monkeypatch.setattr(launch, "arch_of", lambda device: 80)
+        monkeypatch.setattr(launch, "arch_of", lambda device: self.arch)
+        monkeypatch.setattr(launch, "processors_of", lambda device: 4)
+        monkeypatch.setattr(hopper, "encode", lambda place, x, rows: self.encoded.append((place, x.data_ptr(), rows)))
+        monkeypatch.setattr(hopper, "mover", lambda: lambda place, pointer: self.moved.append((place, pointer)))
         monkeypatch.setattr(launch, "_plans", {})
         monkeypatch.setattr(launch, "_modules", {})
         monkeypatch.setattr(compile, "arch_name", lambda capability: "sm_80")
@@ -181,7 +185,9 @@ class Device:
     def launch(self, function, gx, gy, gz, bx, by, bz, shared, stream, arguments, extra):
         assert self.inside.context, "no current context"
         params = ctypes.cast(arguments, ctypes.POINTER(ctypes.c_void_p))[0]
+        params += hopper.HEAD if self.arch == 90 else 0
         pointers = launch.POINTERS.unpack(ctypes.string_at(params, launch.POINTERS.size))
+        self.after = ctypes.string_at(params + launch.POINTERS.size + launch.CONSTANTS.size, hopper.TAIL.size)
         self.launched.append(
             SimpleNamespace(grid=(gx, gy, gz), block=(bx, by, bz), shared=shared, stream=stream, pointers=pointers)
         )
@@ -252,6 +258,106 @@ def test_a_plan_is_made_once_a_layout(device):
     turned = q.transpose(1, 2).contiguous().transpose(1, 2)
     launch.attend(turned, k, v, spec)
     assert len(launch._plans) == 2
+
+
+# ---- Hopper's forward
+
+
+def test_hoppers_plan_has_maps_that_follow_the_tensors(device):
+    device.arch = 90
+    q, k, v, spec = tensors(Problem(batch=2, heads_q=4, heads_kv=2, seq_q=300, head_dim=64, dtype="bf16"))
+    launch.attend(q, k, v, spec)
+    places = [place for place, *_ in device.encoded]
+    assert [rest for _, *rest in device.encoded] == [[q.data_ptr(), 128], [k.data_ptr(), 128], [v.data_ptr(), 128]]
+    assert places == [places[0] + n * hopper.MAP for n in range(3)] and places[0] % 64 == 0
+    other = k.clone()
+    launch.attend(q, other, v, spec)
+    assert len(device.encoded) == 3  # the plan is kept
+    assert device.moved[3:] == list(zip(places, (q.data_ptr(), other.data_ptr(), v.data_ptr()), strict=True))
+    last = device.launched[-1]
+    assert last.grid == (4, 1, 1) and last.block == (384, 1, 1) and last.pointers[1] == other.data_ptr()
+    table, rounds, row_tiles = hopper.TAIL.unpack(device.after)
+    assert (table, rounds, row_tiles) == (0, 0, 2 * 4 * 3)
+
+
+def test_a_refused_address_is_an_error(device, monkeypatch):
+    device.arch = 90
+    monkeypatch.setattr(hopper, "mover", lambda: lambda place, pointer: 1)
+    q, k, v, spec = tensors(Problem(seq_q=300, head_dim=64, dtype="bf16"))
+    with pytest.raises(RuntimeError, match="cuTensorMapReplaceAddress refuses"):
+        launch.attend(q, k, v, spec)
+    assert not device.launched
+
+
+ELSEWHERE = {
+    "another head_dim": {"head_dim": 256},
+    "columns that are no 16 bytes": {"head_dim": 60},
+    "a dressed score": {"softcap": 3.0},
+    "slopes": {"alibi": True},
+    "a scale below 0": {"scale": -1.0},
+    "float32": {"dtype": "fp32"},
+}
+
+
+@pytest.mark.parametrize("why", ELSEWHERE)
+def test_what_hoppers_forward_is_not_made_for_runs_on_mma(why):
+    problem = Problem(**{"seq_q": 300, "head_dim": 64, "dtype": "bf16", **ELSEWHERE[why]})
+    (kernel,) = launch.kernels_of(problem, 90, {})
+    assert kernel.source != hopper.SOURCE
+    with pytest.raises(ValueError, match="does not suit"):
+        launch.kernels_of(problem, 90, {"forward": launch.parse_tile("wgmma 128x128 s2 q2")})
+    plain = Problem(seq_q=300, head_dim=64, dtype="bf16")
+    sources = [launch.kernels_of(plain, arch, {})[0].source for arch in (80, 90, 100)]
+    assert sources == ["half_forward.cu", hopper.SOURCE, "half_forward.cu"]
+
+
+def test_what_tma_cannot_read_runs_on_mma(device):
+    device.arch = 90
+    q, k, v, spec = tensors(Problem(heads_q=2, seq_q=300, head_dim=64, dtype="bf16"))
+    launch.attend(q, k[:, :1].expand_as(k), v, spec)  # a stride of 0
+    assert not device.encoded and device.launched[-1].block == (128, 1, 1)
+
+
+@pytest.mark.parametrize("text", ["wgmma 128x128 s2 q2", "wgmma 192x64 s3 q1 turns ordered qreg"])
+def test_hoppers_tiles_are_read_as_they_are_written(text):
+    assert str(launch.parse_tile(text)) == text
+    with pytest.raises(ValueError, match=r"any of turns, ordered, qreg"):
+        launch.parse_tile(text + " fast")
+
+
+def maths(**fields):
+    problem = Problem(**{"head_dim": 128, "dtype": "bf16", **fields})
+    q = torch.empty(problem.batch, problem.heads_q, problem.seq_q, 128, device="meta", dtype=torch.bfloat16)
+    k = torch.empty(problem.batch, problem.heads_kv, problem.seq_kv, 128, device="meta", dtype=torch.bfloat16)
+    return launch.Maths(q, k, spec_of(problem), 90, 132)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"batch": 4, "heads_q": 16, "seq_q": 2048, "causal": True},
+        {"batch": 32, "heads_q": 16, "seq_q": 512, "causal": True},
+        {"heads_q": 16, "seq_q": 16384, "causal": True},
+        {"batch": 3, "heads_q": 12, "heads_kv": 4, "seq_q": 3000, "seq_kv": 3100, "causal": True, "window": (1300, 0)},
+    ],
+)
+def test_every_row_tile_has_one_block_and_blocks_have_as_much_to_do(fields):
+    sizes, blocks = maths(**fields), 132
+    tile = hopper.tile(sizes)
+    rounds, table = hopper.order(sizes, tile, blocks)
+    lengths = hopper.key_tiles(sizes, tile)
+    assert len(table) == rounds * blocks
+    assert sorted(t for t in table if t >= 0) == list(range(sizes.batch * sizes.heads * len(lengths)))
+    work = [sum(lengths[t % len(lengths)] + 1 for t in table[block::blocks] if t >= 0) for block in range(blocks)]
+    assert max(work) <= 1.03 * sum(work) / blocks + 1
+    for block in range(blocks):  # no tile after the end
+        own = [t >= 0 for t in table[block::blocks]]
+        assert own == sorted(own, reverse=True)
+
+
+def test_row_tiles_of_one_length_need_no_table():
+    for sizes in (maths(heads_q=64, seq_q=2048), maths(heads_q=2, seq_q=300, causal=True)):
+        assert hopper.order(sizes, hopper.tile(sizes), 132) == (0, [])
 
 
 # ---- what the kernels can read
