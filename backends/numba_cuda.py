@@ -92,8 +92,7 @@ class Call:
         band = tuple(OPEN if end is None else min(end, OPEN) for end in spec.band)
         sizes = (q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], int(alibi is not None))
         self.scalars = sizes, band, np.float32(spec.scale), np.float32(spec.softcap)
-        stream = None if SIMULATED else torch.cuda.current_stream(q.device).cuda_stream
-        self.stream = 0 if stream is None else numba_cuda_kernels.cuda.external_stream(stream)
+        self.device = q.device
 
     def tiles(self, x: torch.Tensor) -> int:
         """Tiles of x: the blocks of a kernel that owns them."""
@@ -105,11 +104,22 @@ class Call:
 
     def launch(self, name: str, blocks: int, *arguments) -> None:
         """Queue a kernel on torch's current stream."""
-        kernel = getattr(self.kernels, name)
-        with warnings.catch_warnings():  # numba has an opinion on small grids
-            warnings.filterwarnings("ignore", message="Grid size")
-            configured = kernel[blocks, (self.module.SIDE, self.module.SIDE), self.stream]
-        configured(*arguments)
+        kernel, threads = getattr(self.kernels, name), (self.module.SIDE, self.module.SIDE)
+        if SIMULATED:
+            kernel[blocks, threads](*arguments)
+        else:
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            _configured(kernel, blocks, threads, self.device.index, stream)(*arguments)
+
+
+@functools.lru_cache(maxsize=256)
+def _configured(kernel, blocks: int, threads: tuple[int, int], device: int, stream: int):
+    # kernel[grid, block, stream] while `device` is current; making one anew costs the host more than the launch.
+    from numba import cuda
+
+    with warnings.catch_warnings():  # numba has an opinion on small grids
+        warnings.filterwarnings("ignore", message="Grid size")
+        return kernel[blocks, threads, cuda.external_stream(stream)]
 
 
 def flat(x: torch.Tensor):
@@ -123,7 +133,7 @@ def flat(x: torch.Tensor):
         return line.numpy()
     from numba import cuda
 
-    return cuda.as_cuda_array(line)
+    return cuda.as_cuda_array(line, sync=False)
 
 
 @torch.compiler.assume_constant_result  # nothing here that a compiler could trace
