@@ -20,6 +20,7 @@ from flash2.backends.gluon_hopper.compat import (
     fence_async_shared,
     gl,
     gluon,
+    group_barrier,
     mbarrier,
     reinterpret,
     tma_load,
@@ -30,13 +31,15 @@ from flash2.backends.gluon_hopper.compat import (
     warpgroup_mma_wait,
 )
 
-# Named barriers.
-FREE = FIRST_BARRIER  # + stage, at most 3: a stage of the ring of queries (gradients_q: of keys) is free again
+# Named barriers, of which a block has 16; no kernel uses two that share an id.
+FREE = FIRST_BARRIER  # + stage, at most 4: a stage of the ring of queries (gradients_q: of keys) is free again
 V_FREE = gl.constexpr(FIRST_BARRIER.value + 3)  # + stage, at most 2: a stage of the ring of values
+HANDED = gl.constexpr(FIRST_BARRIER.value + 4)  # + 2 slot + consumer: its half of dS is there for dQ's group
 STAGED = gl.constexpr(FIRST_BARRIER.value + 5)  # consumers -> producer: dQ is staged; Q, dO, statistics are free
 DS_READY = gl.constexpr(FIRST_BARRIER.value + 6)  # consumer <-> consumer: dS is in shared memory
 DQ_TAKEN = gl.constexpr(FIRST_BARRIER.value + 7)  # producer -> consumers: staging, and so dS, may be overwritten
 FINISHED = gl.constexpr(FIRST_BARRIER.value + 8)  # consumers -> producer: the outputs are in shared memory
+DONE = gl.constexpr(FIRST_BARRIER.value + 9)  # all who read K and V: they become the staging area of dK and dV
 
 
 @gluon.jit
@@ -52,6 +55,16 @@ def everyone_sync(id):
 @gluon.jit
 def everyone_arrive(id):
     gl.inline_asm_elementwise("bar.arrive $1, 384; // $0", "=r,r", [id], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def pair_sync(id):
+    gl.inline_asm_elementwise("bar.sync $1, 256; // $0", "=r,r", [id], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def pair_arrive(id):
+    gl.inline_asm_elementwise("bar.arrive $1, 256; // $0", "=r,r", [id], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -221,12 +234,14 @@ def logits(s, maths, SOFTCAP: gl.constexpr):
 def probabilities(s, lse, start, edges, maths, KEYS_OWNED: gl.constexpr,
                   MASK: gl.constexpr, MASKS: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
     """(p, slope) of a tile: p = exp2(logit - lse), 0 where a query does not see a key, and p d logit / d (s * scale).
+    lse None: s began with it.
 
     Its 64 rows are the keys this consumer owns, its columns queries start..; or the other way round.
     """
     L: gl.constexpr = acc_layout(s.shape[1])
     x, slope = logits(s, maths, SOFTCAP)
-    x = x - (lse[None, :] if KEYS_OWNED else lse[:, None])
+    if lse is not None:
+        x = x - (lse[None, :] if KEYS_OWNED else lse[:, None])
     if MASK:
         rows = gl.arange(0, 64, gl.SliceLayout(1, L)) + opaque_zero()  # not hoisted out of the loop: that spills
         columns = gl.arange(0, s.shape[1], gl.SliceLayout(0, L)) + start
@@ -314,7 +329,7 @@ def fused_producer(descs, kv_descs, acc_desc, rings, kv, staging, place, walk, S
 
 
 @gluon.jit
-def issue_scores(CID: gl.constexpr, i, total, rings, k_tile, SHAPE: gl.constexpr):
+def issue_scores(CID: gl.constexpr, i, total, rings, k_tile, SHAPE: gl.constexpr, LSE_FIRST: gl.constexpr):
     """Begin S^T of step i for this consumer's 64 keys; past the last step it works on stale data and nobody looks."""
     q_ring, do_ring, stats_ring, q_full, do_full = rings
     BM, BN, D, STAGES = SHAPE
@@ -322,7 +337,12 @@ def issue_scores(CID: gl.constexpr, i, total, rings, k_tile, SHAPE: gl.constexpr
     mbarrier.wait(q_full.index(b), (i // STAGES) & 1, pred=i < total)
     k = k_tile.index(opaque_zero()).slice(CID * 64, 64, 0)
     zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
-    return warpgroup_mma(k, q_ring.index(b).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if LSE_FIRST:  # as with delta: no registers for lse beside s
+        lse = stats_ring.index(b).slice(0, BM, 0).load(gl.SliceLayout(0, acc_layout(BM)))
+        less, _ = gl.broadcast(lse[None, :], zeros)
+        return warpgroup_mma(k, q_ring.index(b).permute((1, 0)), less, is_async=True)
+    else:
+        return warpgroup_mma(k, q_ring.index(b).permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -335,7 +355,8 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
     q_ring, do_ring, stats_ring, q_full, do_full = rings
     k_tile, v_tile, k_full, v_full = kv
     BM, BN, D, STAGES = SHAPE
-    DQ, PIPELINED, EARLY, DELTA_FIRST, DK_LATE, SOFTCAP = HOW
+    DQ, APART, PIPELINED, AHEAD, EARLY, LSE_FIRST, DELTA_FIRST, DV_LATE, DK_LATE, SOFTCAP = HOW
+    ds_ring, ds_free = ds_tile
     COLUMNS: gl.constexpr = gl.SliceLayout(0, acc_layout(BM))
     DQN: gl.constexpr = D * BM // 128  # this consumer's half of dQ is [64, DQN]
     dtype: gl.constexpr = q_ring.dtype
@@ -346,7 +367,7 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
     zero = opaque_zero()
     v = v_tile.index(zero).slice(CID * 64, 64, 0)
     if not PIPELINED:
-        s_token = issue_scores(CID, i, total, rings, k_tile, SHAPE)
+        s_token = issue_scores(CID, i, total, rings, k_tile, SHAPE, LSE_FIRST)
     mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
     zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
     if DELTA_FIRST:  # dP's accumulator begins with -delta, which then needs no registers of its own beside p and dP
@@ -356,21 +377,33 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
         dp_token = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
     if not PIPELINED:
         s = warpgroup_mma_wait(1, deps=[s_token])
+    elif AHEAD:  # the next scores too run beside this softmax
+        s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE, LSE_FIRST)
     elif EARLY:  # waits for nothing: it keeps ptxas from spreading dP's wgmmas over the softmax
+        if LSE_FIRST:  # there is no load behind it that stays where it is; nothing passes a branch
+            mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
         s = warpgroup_mma_wait(1, deps=[s])
-    lse = stats.slice(0, BM, 0).load(COLUMNS)
-    p, slope = probabilities(s, lse, i * BM, edges, maths, True, MASK, MASKS, SOFTCAP)
-    dv_token = warpgroup_mma(a_operand(p, D, dtype), do, dv, is_async=True)
-    dp = warpgroup_mma_wait(1, deps=[dp_token])
+    if LSE_FIRST:
+        p, slope = probabilities(s, None, i * BM, edges, maths, True, MASK, MASKS, SOFTCAP)
+    else:
+        lse = stats.slice(0, BM, 0).load(COLUMNS)
+        p, slope = probabilities(s, lse, i * BM, edges, maths, True, MASK, MASKS, SOFTCAP)
+    if DV_LATE:  # neither p nor ds is in flight, in 16 bits, while both are there in 32
+        dp = warpgroup_mma_wait(1 if AHEAD else 0, deps=[dp_token])
+    else:
+        dv_token = warpgroup_mma(a_operand(p, D, dtype), do, dv, is_async=True)
+        dp = warpgroup_mma_wait(2 if AHEAD else 1, deps=[dp_token])
     if not DELTA_FIRST:
         dp = dp + stats.slice(BM, BM, 0).load(COLUMNS)[None, :]
     ds = (slope * dp).to(dtype)
+    if DV_LATE:
+        dv_token = warpgroup_mma(a_operand(p, D, dtype), do, dv, is_async=True)
     ds_operand = gl.convert_layout(ds, gl.DotOperandLayout(0, acc_layout(D), 2))
     if not DK_LATE:
         dk_token = warpgroup_mma(ds_operand, q, dk, is_async=True)
     if DQ:
         k = k_tile.index(zero)
-        ds_both = ds_tile.index(zero)
+        ds_both = ds_ring.index(zero)
         everyone_sync(DQ_TAKEN)
         ds_both.slice(CID * 64, 64, 0).store(ds)
         fence_async_shared()
@@ -386,23 +419,32 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
         if DK_LATE:  # so that dK's product, and not the next scores alone, runs beside the staging of dQ
             dv = warpgroup_mma_wait(1, deps=[dv_token])
             dk_token = warpgroup_mma(ds_operand, q, dk, is_async=True)
-            dq = warpgroup_mma_wait(1, deps=[dq_token])
-            s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE)
+            if PIPELINED:
+                s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE, LSE_FIRST)
+            dq = warpgroup_mma_wait(2 if PIPELINED else 1, deps=[dq_token])
         elif PIPELINED:
             dv, dk = warpgroup_mma_wait(1, deps=[dv_token, dk_token])
-            s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE)
+            s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE, LSE_FIRST)
             dq = warpgroup_mma_wait(1, deps=[dq_token])
         else:
             dv, dk, dq = warpgroup_mma_wait(0, deps=[dv_token, dk_token, dq_token])
         staging.index(CID).store(to_lanes(dq).reshape([64 * DQN // 32, 32]))
+        if DK_LATE:  # before the fence: ptxas 12.8 crashes over a fence that a product into loop-carried sums passes
+            dk = warpgroup_mma_wait(1 if PIPELINED else 0, deps=[dk_token])
         fence_async_shared()
-        if DK_LATE:
-            dk = warpgroup_mma_wait(1, deps=[dk_token])
         everyone_arrive(STAGED)
     else:
-        if PIPELINED:
+        if APART:
+            slot = i % 2
+            mbarrier.wait(ds_free.index(slot), ((i // 2) & 1) ^ 1)
+            ds_ring.index(slot).slice(CID * 64, 64, 0).store(ds)
+            fence_async_shared()
+            pair_arrive(HANDED + 2 * slot + CID)
+        if AHEAD:
+            dv, dk = warpgroup_mma_wait(0, deps=[dv_token, dk_token])
+        elif PIPELINED:
             dv = warpgroup_mma_wait(1, deps=[dv_token])
-            s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE)
+            s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE, LSE_FIRST)
             dk = warpgroup_mma_wait(1, deps=[dk_token])
         else:
             dv, dk = warpgroup_mma_wait(0, deps=[dv_token, dk_token])
@@ -440,7 +482,7 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, start_n, star
     """Partitions 1 and 2: dK and dV of 64 keys each, in registers from first to last."""
     k_tile, v_tile, k_full, v_full = kv
     BM, BN, D, STAGES = SHAPE
-    DQ, PIPELINED, EARLY, DELTA_FIRST, DK_LATE, SOFTCAP = HOW
+    DQ, APART, PIPELINED, AHEAD, EARLY, LSE_FIRST, DELTA_FIRST, DV_LATE, DK_LATE, SOFTCAP = HOW
     full_lo, full_hi, n = steps
     total = n * group if GROUPED else n
     dtype: gl.constexpr = k_tile.dtype
@@ -449,7 +491,7 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, start_n, star
     s = gl.zeros([64, BM], gl.float32, acc_layout(BM))
     mbarrier.wait(k_full.index(0), 0)
     if PIPELINED:
-        s = warpgroup_mma_wait(0, deps=[issue_scores(CID, 0, total, rings, k_tile, SHAPE)])
+        s = warpgroup_mma_wait(0, deps=[issue_scores(CID, 0, total, rings, k_tile, SHAPE, LSE_FIRST)])
     mbarrier.wait(v_full.index(0), 0)
     edges = edges_of(start_m, start_n + CID * 64, lengths, band)
     if GROUPED:
@@ -460,11 +502,59 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, start_n, star
     else:
         s, dk, dv = fused_walk(CID, 0, s, dk, dv, total, steps, rings, kv, ds_tile, staging,
                                edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
-    consumers_sync(DS_READY)  # both are done with K and V: they become the staging area of dK and dV
+    if APART:
+        everyone_sync(DONE)
+    else:
+        consumers_sync(DONE)
     half(v_tile, CID).store(dv.to(dtype))
     half(k_tile, CID).store((dk * scale).to(dtype))
     fence_async_shared()
     everyone_arrive(FINISHED)
+
+
+@gluon.jit
+def dq_group(acc_desc, kv, ds_tile, staging, walk, place, SHAPE: gl.constexpr):
+    """Partition 3, if dQ has a group of its own: dQ of every step, in parts of 64 x 64, added to the accumulator."""
+    k_tile, v_tile, k_full, v_full = kv
+    ds_ring, ds_free = ds_tile
+    BM, BN, D, STAGES = SHAPE
+    batch, head_kv, start_n = place
+    lo, n, tiles, group, heads = walk
+    R: gl.constexpr = 64 * 64 // 32
+    PARTS: gl.constexpr = BM * D // (64 * 64)
+    mbarrier.wait(k_full.index(0), 0)
+    at = ((batch * heads + head_kv * group) * tiles + lo) * PARTS * R
+    i = 0
+    for member in range(group):  # noqa: B007
+        for t in range(n):  # noqa: B007
+            slot = i & 1
+            pair_sync(HANDED + 2 * slot)
+            pair_sync(HANDED + 2 * slot + 1)
+            ds = ds_ring.index(slot)
+            for part in gl.static_range(PARTS):
+                no_dq = gl.zeros([64, 64], gl.float32, acc_layout(64))
+                k = k_tile.index(opaque_zero())
+                if BM == 64:
+                    token = warpgroup_mma(
+                        ds.permute((1, 0)), k.slice(part * 64, 64, 1), no_dq, use_acc=False, is_async=True)  # fmt: skip
+                else:
+                    token = warpgroup_mma(
+                        ds.slice(part * 64, 64, 1).permute((1, 0)), k, no_dq, use_acc=False, is_async=True)  # fmt: skip
+                dq = warpgroup_mma_wait(0, deps=[token])
+                if part == PARTS - 1:
+                    mbarrier.arrive(ds_free.index(slot))
+                buffer = staging.index(slot if PARTS == 1 else part)
+                tma_store_wait(1)  # what was in this buffer has left it
+                group_barrier()
+                buffer.store(to_lanes(dq).reshape([R, 32]))
+                fence_async_shared()
+                group_barrier()
+                tma_reduce_add(acc_desc, [at + part * R, 0], buffer)
+            at += PARTS * R
+            i += 1
+        at += (tiles - n) * PARTS * R
+    everyone_arrive(DONE)
+    tma_store_wait(0)
 
 
 @gluon.jit
@@ -483,11 +573,13 @@ def gluon_gradients_fused(
     rows, heads_kv, group, seq_q, seq_kv, left, right, together, factor, cap, scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, GROUPED: gl.constexpr, SOFTCAP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    DQ: gl.constexpr, PIPELINED: gl.constexpr, EARLY: gl.constexpr, DELTA_FIRST: gl.constexpr, DK_LATE: gl.constexpr,
+    DQ: gl.constexpr, APART: gl.constexpr, PIPELINED: gl.constexpr, AHEAD: gl.constexpr, EARLY: gl.constexpr, LSE_FIRST: gl.constexpr,
+    DELTA_FIRST: gl.constexpr, DV_LATE: gl.constexpr, DK_LATE: gl.constexpr,
 ):  # fmt: skip
     """dv = sum p^T dO and dk = sum ds^T Q of 128 keys, all query heads that share them; with DQ, dQ += ds K.
 
-    dQ goes to acc_desc in float32, a tile after the other, each in the order in which threads hold it.
+    dQ goes to acc_desc in float32, a tile after the other, each in the order in which threads hold it. With APART a
+    group of its own computes it.
     """
     dtype: gl.constexpr = q_desc.dtype
     L: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -497,8 +589,9 @@ def gluon_gradients_fused(
     k_tile = gl.allocate_shared_memory(dtype, [1, BN, D], L)
     v_tile = gl.allocate_shared_memory(dtype, [1, BN, D], L)
     stats_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BM], stats_desc.layout)
-    ds_tile = gl.allocate_shared_memory(dtype, [1, BN if DQ else 8, BM], L)
-    staging = gl.allocate_shared_memory(gl.float32, [2, BM * D // 64 if DQ else 8, 32], acc_desc.layout)
+    ds_ring = gl.allocate_shared_memory(dtype, [2 if APART else 1, BN if DQ else 8, BM], L)
+    staging = gl.allocate_shared_memory(gl.float32, [2, acc_desc.block_type.shape[0], 32], acc_desc.layout)
+    ds_free = gl.allocate_shared_memory(gl.int64, [2, 1], B)
     k_full = gl.allocate_shared_memory(gl.int64, [1, 1], B)
     v_full = gl.allocate_shared_memory(gl.int64, [1, 1], B)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
@@ -508,6 +601,8 @@ def gluon_gradients_fused(
     for stage in gl.static_range(STAGES):
         mbarrier.init(q_full.index(stage), count=1)
         mbarrier.init(do_full.index(stage), count=1)
+    for slot in gl.static_range(2):
+        mbarrier.init(ds_free.index(slot), count=1)
     fence_async_shared()
 
     tile, row = program_tile(gl.cdiv(seq_kv, BN), rows, together)  # causal: the first keys are seen by the most rows
@@ -515,18 +610,38 @@ def gluon_gradients_fused(
     band = (left, right)
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
     SHAPE: gl.constexpr = (BM, BN, D, STAGES)
-    HOW: gl.constexpr = (DQ, PIPELINED, EARLY, DELTA_FIRST, DK_LATE, SOFTCAP)
+    HOW: gl.constexpr = (
+        DQ and not APART,
+        APART,
+        PIPELINED,
+        AHEAD,
+        EARLY,
+        LSE_FIRST,
+        DELTA_FIRST,
+        DV_LATE,
+        DK_LATE,
+        SOFTCAP,
+    )
     lo, full_lo, full_hi, hi = query_range(tile * BN, seq_q, seq_kv, band, BM, BN, MASKS)
     steps = (full_lo - lo, full_hi - lo, hi - lo)
     # Statistics and the accumulator of dQ are padded to multiples of 128 queries.
     walk = (lo, hi - lo, gl.cdiv(seq_q, 128) * (128 // BM), group, heads_kv * group)
     rings = (q_ring, do_ring, stats_ring, q_full, do_full)
     kv = (k_tile, v_tile, k_full, v_full)
-    gl.warp_specialize([
-        (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), acc_desc, rings, kv, staging, place, walk, SHAPE, DQ)),
-        (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
-        (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
-    ], [4, 4], [240, 240])  # fmt: skip
+    ds_tile = (ds_ring, ds_free)
+    if APART:
+        gl.warp_specialize([
+            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), acc_desc, rings, kv, staging, place, walk, SHAPE, DQ and not APART)),
+            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
+            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
+            (dq_group, (acc_desc, kv, ds_tile, staging, walk, place, SHAPE)),
+        ], [4, 4, 4], [208, 208, 72])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), acc_desc, rings, kv, staging, place, walk, SHAPE, DQ and not APART)),
+            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
+            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
+        ], [4, 4], [240, 240])  # fmt: skip
 
 
 # ---- dQ alone: a program owns 128 queries and walks over the keys
@@ -605,7 +720,8 @@ def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, q_tiles
 
 @gluon.jit
 def q_consumer(CID: gl.constexpr, stats, q_tiles, lse_tile, rings, start_m, tiles, stats_row,
-               lengths, band, maths, scale, MASKS: gl.constexpr, SHAPE: gl.constexpr, BM: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
+               lengths, band, maths, scale, MASKS: gl.constexpr, SHAPE: gl.constexpr, BM: gl.constexpr, SOFTCAP: gl.constexpr,
+               LSE_FIRST: gl.constexpr):  # fmt: skip
     """Partitions 1 and 2: dQ of 64 queries each."""
     q_tile, do_tile, q_full = q_tiles
     k_ring, v_ring, k_full, v_full = rings
@@ -622,7 +738,10 @@ def q_consumer(CID: gl.constexpr, stats, q_tiles, lse_tile, rings, start_m, tile
     # Rows of 64 queries lie in one tile of BM statistics, lse first, -delta behind; past the last tile there is none.
     rows = gl.arange(0, 64, gl.SliceLayout(1, L))
     at = stats + stats_row.to(gl.int64) * 2 + start_mine // BM * (2 * BM) + start_mine % BM
-    lse_tile.index(CID).store(gl.load(at + rows))
+    lse = gl.load(at + rows)
+    if LSE_FIRST:
+        lse = lse * -maths[0]
+    lse_tile.index(CID).store(lse)
     delta = gl.load(at + BM + rows)
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0, pred=n > 0)
@@ -651,6 +770,7 @@ def gluon_gradients_q(
     rows, heads, group, seq_q, seq_kv, left, right, together, factor, cap, scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, SOFTCAP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    LSE_FIRST: gl.constexpr,
 ):  # fmt: skip
     """dq = sum ds K of 128 queries of one head; BM is the tile of the statistics."""
     dtype: gl.constexpr = q_desc.dtype
@@ -685,8 +805,8 @@ def gluon_gradients_q(
     stats_row = row * gl.cdiv(seq_q, 128) * 128
     gl.warp_specialize([
         (q_producer, ((q_desc, do_desc, k_desc, v_desc, dq_desc), q_tiles, rings, place, (tiles[0], tiles[3] - tiles[0]), SHAPE)),
-        (q_consumer, (gl.constexpr(0), stats, q_tiles, lse_tile, rings, tile * 128, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP)),
-        (q_consumer, (gl.constexpr(1), stats, q_tiles, lse_tile, rings, tile * 128, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP)),
+        (q_consumer, (gl.constexpr(0), stats, q_tiles, lse_tile, rings, tile * 128, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP, LSE_FIRST)),
+        (q_consumer, (gl.constexpr(1), stats, q_tiles, lse_tile, rings, tile * 128, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP, LSE_FIRST)),
     ], [4, 4], [240, 240])  # fmt: skip
 
 
@@ -904,12 +1024,12 @@ def gluon_gradients_kv(
 @triton.jit(do_not_specialize=["heads", "seq_q", "rows_padded", "head_dim"])
 def gluon_row_statistics(
     o, do, lse, stats, acc,
-    stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, heads, seq_q, rows_padded, head_dim,
+    stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, heads, seq_q, rows_padded, head_dim, factor,
     EVEN: tl.constexpr, ZERO: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Per tile of BM queries: lse in the log2 domain, then -delta = -rowsum(o dO). Zeroes these rows of dQ's accumulator.
+    """Per tile of BM queries: factor * lse, then -delta = -rowsum(o dO). Zeroes these rows of dQ's accumulator.
 
-    lse is +inf where there is no row and where a row saw no key: exp2(s - lse) is 0 there, without a mask.
+    factor is log2(e), or what makes of lse a value that s can begin with. lse is +inf where there is no row and where a row saw no key: exp2(s - lse) is 0 there, without a mask.
     """
     pid = tl.program_id(0)
     blocks = rows_padded // ROWS
@@ -930,7 +1050,7 @@ def gluon_row_statistics(
         g_tile = tl.load(g_at, mask=there, other=0.0).to(tl.float32)
         dots = tl.sum(o_tile * g_tile, 1)
         lse_row = tl.load(lse_at, mask=rows < seq_q, other=-float("inf"))
-    lse_row = tl.where(lse_row == -float("inf"), float("inf"), lse_row * 1.4426950408889634)
+    lse_row = tl.where(lse_row == -float("inf"), float("inf"), lse_row) * factor
     out = stats + head_row.to(tl.int64) * rows_padded * 2 + rows // BM * (2 * BM) + rows % BM
     tl.store(out, lse_row)
     tl.store(out + BM, -dots)
@@ -941,21 +1061,21 @@ def gluon_row_statistics(
 @triton.jit(do_not_specialize=["heads", "seq_q", "tiles", "head_dim"])
 def gluon_round_dq(
     dq, acc, stride_b, stride_h, stride_m, heads, seq_q, tiles, head_dim, scale,
-    EVEN: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One consumer's part of one query tile of dQ: from the order in which threads held it to rows, scaled, rounded."""
+    """One part, 64 x N, of one query tile of dQ: from the order in which threads held it to rows, scaled, rounded."""
     pid = tl.program_id(0)
-    N: tl.constexpr = D * BM // 128
+    PARTS: tl.constexpr = BM * D // (64 * N)
     x = tl.load(acc + pid.to(tl.int64) * (64 * N) + tl.arange(0, 64 * N))
     x = x.reshape(4, N // 8, 8, 4, 2, 2).permute(0, 4, 2, 1, 3, 5).reshape(64, N)
     x = (x * scale).to(dq.dtype.element_ty)
-    head_row = pid // (2 * tiles)
-    tile = pid // 2 % tiles
+    head_row = pid // (PARTS * tiles)
+    tile = pid // PARTS % tiles
     if BM == 64:
         row = tile * 64
-        col = pid % 2 * N
+        col = pid % PARTS * N
     else:
-        row = tile * 128 + pid % 2 * 64
+        row = tile * 128 + pid % PARTS * 64
         col = 0
     rows = row + tl.arange(0, 64)
     cols = col + tl.arange(0, N)

@@ -22,8 +22,8 @@ class Config:
     """How the gradients are computed. Fused: five products, dQ added up by atomics; else two kernels and seven products.
 
     block_m, stages: queries a tile, and tiles in flight, of the kernel that owns keys. pipelined: the next tile's
-    scores begin behind this tile's dQ. early: dP is issued wholly before the softmax. delta_first: dP's accumulator
-    begins with -delta. dk_late: dK's product runs behind dQ's, beside the
+    scores begin behind this tile's dQ. ahead: they begin before this tile's softmax (apart; three stages). early: dP is issued wholly before the softmax. lse_first, delta_first: the
+    accumulators of S and dP begin with -lse and -delta. apart: dQ is computed by a third group (fused). dv_late: dV's product begins behind dS. dk_late: dK's product runs behind dQ's, beside the
     staging of dQ (fused and pipelined; ptxas 12.8 crashes over it, 13.0 does not).
     block_n, k_stages, v_stages: keys a tile, and tiles in flight, of the kernel that owns queries. together: how many
     heads' tiles take turns in the grid. parts: the batch is taken in so many parts, one after the other, so that
@@ -34,8 +34,12 @@ class Config:
     block_m: int
     stages: int = 2
     pipelined: bool = True
+    ahead: bool = False
     early: bool = False
+    lse_first: bool = False
     delta_first: bool = True
+    apart: bool = False
+    dv_late: bool = False
     dk_late: bool = False
     block_n: int = 64
     k_stages: int = 2
@@ -45,7 +49,7 @@ class Config:
 
     def __str__(self) -> str:
         if self.fused:
-            how = f"{self.block_m}x128 s{self.stages}{' pipelined' * self.pipelined}{' early' * self.early}{' delta first' * self.delta_first}{' dk late' * self.dk_late}"
+            how = f"{self.block_m}x128 s{self.stages}{' pipelined' * self.pipelined}{' ahead' * self.ahead}{' early' * self.early}{' lse first' * self.lse_first}{' delta first' * self.delta_first}{' dk late' * self.dk_late}{' dv late' * self.dv_late}{' dQ apart' * self.apart}"
             return f"fused, {how}, dQ by float32 atomics: not deterministic"
         return f"two kernels, tiles of {self.block_m} queries and {self.block_n} keys: deterministic"
 
@@ -139,9 +143,12 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     factor, cap = spec.scale * LOG2E, 0.0
     if spec.softcap:
         factor, cap = 2 * spec.scale * LOG2E / spec.softcap, spec.softcap * LOG2E
+    # Past these scales -lse / scale could not be added to q.k without loss.
+    lse_first = how.lse_first and not spec.softcap and 2**-10 <= abs(spec.scale) <= 2**10
     padded = -(-seq_q // TILE) * TILE
     rows = batch * heads
     m = how.block_m
+    columns = 64 if how.apart else d * m // 128  # of the parts, of 64 rows, in which dQ is added up
     even = seq_q == padded and head_dim == d
     sizes = (group, seq_q, seq_kv, left if LEFT else 0, right if RIGHT else 0, how.together, factor, cap, spec.scale)
     features = {"LEFT": LEFT, "RIGHT": RIGHT, "SOFTCAP": spec.softcap != 0}
@@ -149,7 +156,8 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     per_program = 4096 // d
     statistics = Launch(
         backward.gluon_row_statistics, (rows * (padded // per_program),), (None,) * 5,
-        (*o.stride()[:3], *do.stride()[:3], heads, seq_q, padded, head_dim),
+        (*o.stride()[:3], *do.stride()[:3], heads, seq_q, padded, head_dim,
+         -1.0 / spec.scale if lse_first else LOG2E),
         {"EVEN": even, "ZERO": how.fused, "BM": m, "D": d, "ROWS": per_program},
     )  # fmt: skip
     # Of the kernels at head_dim 64 with grouped heads, ptxas 12.8 spills 48 bytes in this one: not with a tail, which
@@ -165,16 +173,16 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     else:
         kv = Launch(
             backward.gluon_gradients_fused, (batch * heads_kv * -(-seq_kv // 128),),
-            ((m, d), (128, d), (128, d), (m, d), (64, d), (64, d), (2 * m,), (m * d // 64 if how.fused else 8, 32)),
+            ((m, d), (128, d), (128, d), (m, d), (64, d), (64, d), (2 * m,), (2 * columns if how.fused else 8, 32)),
             (batch * heads_kv, heads_kv, *sizes),
-            dict(constants, BM=m, BN=128, DQ=how.fused, PIPELINED=how.pipelined, EARLY=how.early,
-                 DELTA_FIRST=how.delta_first, DK_LATE=how.dk_late),
+            dict(constants, BM=m, BN=128, DQ=how.fused, APART=how.apart, PIPELINED=how.pipelined, AHEAD=how.ahead, EARLY=how.early, LSE_FIRST=lse_first,
+                 DELTA_FIRST=how.delta_first, DV_LATE=how.dv_late, DK_LATE=how.dk_late),
         )  # fmt: skip
     if how.fused:
         gradients_q = Launch(
-            backward.gluon_round_dq, (rows * (padded // 64) * (2 if m == 64 else 1),), (None, None),
+            backward.gluon_round_dq, (rows * padded * d // (64 * columns),), (None, None),
             (*dq.stride()[:3], heads, seq_q, padded // m, head_dim, spec.scale),
-            {"EVEN": even, "BM": m, "D": d},
+            {"EVEN": even, "BM": m, "D": d, "N": columns},
         )  # fmt: skip
     else:
         n = how.block_n
@@ -182,7 +190,8 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
             backward.gluon_gradients_q, (rows * (padded // TILE),),
             ((64, d), (n, d), (n, d), (64, d), (64, d), None),
             (rows, heads, *sizes),
-            dict(features, TAIL=seq_kv % n != 0, D=d, BM=m, BN=n, K_STAGES=how.k_stages, V_STAGES=how.v_stages),
+            dict(features, TAIL=seq_kv % n != 0, D=d, BM=m, BN=n, K_STAGES=how.k_stages, V_STAGES=how.v_stages,
+                 LSE_FIRST=lse_first),
         )  # fmt: skip
     return Plan(how.fused, d, rows * padded * 2, statistics, kv, gradients_q)
 

@@ -83,8 +83,9 @@ def run(problem: Problem, pass_: str, seed: int, config=None, edits=None, **how:
         else:
             o, lse = saved(problem, **how)
             grads = gradients.differentiate(
-                inputs.do, inputs.q, inputs.k, inputs.v, o, lse, spec, deterministic=pass_ == DETERMINISTIC
-            )
+                inputs.do, inputs.q, inputs.k, inputs.v, o, lse, spec,
+                deterministic=pass_ == DETERMINISTIC, config=config,
+            )  # fmt: skip
             outputs = dict(zip(("dq", "dk", "dv"), grads, strict=True))
     verdict = judge.check(outputs, problem.precision)
     assert verdict.ok, verdict.reason
@@ -146,11 +147,24 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("feature", ["rest", "causal", "everything"])
+Fused = functools.partial(gradients.Config, fused=True)
+VARIANTS += [
+    (64, Fused(block_m=128, lse_first=True, dv_late=True, dk_late=True)),
+    (64, Fused(block_m=64, lse_first=True, apart=True, ahead=True, stages=3)),
+    (64, Fused(block_m=64, delta_first=False, apart=True, dv_late=True, stages=3)),
+    (128, Fused(block_m=64, lse_first=True, dk_late=True, early=True)),
+    (128, Fused(block_m=64, pipelined=False, dv_late=True, dk_late=True)),
+    (128, Fused(block_m=64, lse_first=True, parts=2)),
+    (64, gradients.Config(fused=False, block_m=128, block_n=128, lse_first=True)),
+]
+
+
+@pytest.mark.parametrize("feature", ["rest", "causal", "groups", "scale", "everything"])
 @pytest.mark.parametrize(("head_dim", "config"), VARIANTS, ids=str)
-def test_every_variant_of_the_forward_is_right(head_dim, config, feature):
-    for seed in range(3):
-        run(problem_of(head_dim, "bf16", feature), FORWARD, seed, config, **FEATURES[feature][1])
+def test_every_variant_is_right(head_dim, config, feature):
+    pass_ = FORWARD if isinstance(config, Forward) else BACKWARD if config.fused else DETERMINISTIC
+    for seed in range(2):
+        run(problem_of(head_dim, "bf16", feature), pass_, seed, config, **FEATURES[feature][1])
 
 
 # ---- what is done wrong is seen
@@ -266,7 +280,7 @@ FAULTS = [
     Fault("dO is read before it is there", "backward.fused_step",
           "mbarrier.wait(do_full.index(b), (i // STAGES) & 1)", "pass", r"race: .*do_ring", B64),
     Fault("dK is staged over a K that the other consumer reads", "backward.fused_consumer",
-          "consumers_sync(DS_READY)", "pass", r"writes k_tile.*while a wgmma|race: .* k_tile", B128),
+          "consumers_sync(DONE)", "pass", r"writes k_tile.*while a wgmma|race: .* k_tile", B128),
     Fault("dK leaves without a fence", "backward.fused_consumer",
           "    fence_async_shared()\n    everyone_arrive(FINISHED)", "    everyone_arrive(FINISHED)",
           r"no fence: fused_\w+( \d)? reads [kv]_tile", B128),
