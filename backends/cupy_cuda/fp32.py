@@ -43,6 +43,8 @@ TF32_TILES = {
     ("gradients_q", 128): (T(128, 32, 8), T(64, 32, 4), T(32, 32, 2)),
     ("gradients_q", 256): (T(64, 16, 4), T(32, 16, 2), T(16, 16, 1)),
 }
+# With softcap or ALiBi, or a scale that is not positive: where TF32_TILES would not leave the registers that it takes.
+TF32_DRESSED = {("forward", 32): T(128, 32, 4, 4), ("gradients_kv", 64): T(32, 64, 4)}
 STATISTICS = T(32, 0, 4)
 
 
@@ -53,6 +55,8 @@ def ieee_tile(kernel: str, maths: Maths) -> Tile:
 
 def tf32_tile(kernel: str, maths: Maths) -> Tile:
     """The tile of a TF32 kernel for these sizes on this device."""
+    if not maths.fold and (kernel, maths.block_d) in TF32_DRESSED:
+        return TF32_DRESSED[kernel, maths.block_d]
     return _first_that_fits(TF32_TILES, tf32_shared, kernel, maths)
 
 

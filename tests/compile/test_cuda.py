@@ -64,6 +64,10 @@ CHOICE = [
 ]
 
 
+# Open: two registers of the IEEE dK, dV kernel with ALiBi at head_dim 128.
+SPILLING = {f"sm{arch}-ieee-d128-alibi-gradients_kv" for arch in (90,)}
+
+
 def kernel_of(arch: int, precision: str, head_dim: int, feature: str, name: str, pins=None) -> launch.Kernel:
     """The kernel that such a problem launches."""
     dtype = precision if precision in ("fp16", "bf16") else "fp32"
@@ -75,7 +79,9 @@ def kernel_of(arch: int, precision: str, head_dim: int, feature: str, name: str,
 def pytest_generate_tests(metafunc):
     if "cell" in metafunc.fixturenames:
         names = list(MATRIX) if metafunc.config.getoption("every_kernel") else CHOICE
-        metafunc.parametrize("cell", [pytest.param(MATRIX[name], id=name) for name in names])
+        known = pytest.mark.xfail(strict=True, reason="8 bytes spill")
+        cells = [pytest.param(MATRIX[name], marks=[known] if name in SPILLING else [], id=name) for name in names]
+        metafunc.parametrize("cell", cells)
 
 
 @pytest.fixture(scope="module")
