@@ -33,8 +33,6 @@ BUILTIN = {
     "fa4": "flash2.backends.peers.flash_attention:FA4",
     "auto": "flash2.core.auto:Auto",  # the fastest of the others that can
 }
-# Names of kernels that are on their way: nobody else may take them, and asking for one says so.
-RESERVED: tuple[str, ...] = ()
 # What attention(backend=None) means on each device type.
 DEFAULTS = {"cpu": "numba", "cuda": "triton"}
 ENTRY_POINT_GROUP = "flash2.backends"
@@ -56,8 +54,6 @@ def get_backend(name: str) -> Backend:
     target = {**_entry_points(), **BUILTIN, **_registered}.get(name)
     if target is None and ":" in name:
         target = name
-    if target is None and name in RESERVED:
-        raise ValueError(f"backend {name!r} is not in this version yet; known: {', '.join(list_backends())}")
     if target is None:
         raise ValueError(f"unknown backend {name!r}; known: {', '.join(list_backends())}")
     return _load(name, target)
@@ -66,9 +62,9 @@ def get_backend(name: str) -> Backend:
 def register_backend(name: str, target: str) -> None:
     """Add `name` for this process; `target` is "package.module:Class" or "path/to/file.py:Class".
 
-    Raises ValueError for a name that is taken or reserved, or a target of another form.
+    Raises ValueError for a name that is taken, or a target of another form.
     """
-    if name in BUILTIN or name in RESERVED:
+    if name in BUILTIN:
         raise ValueError(f"backend name {name!r} is taken by a built-in one; choose another")
     if not name or any(letter in name for letter in ",:/ "):
         raise ValueError(f"backend name {name!r} must be a word without comma, colon, slash or space")
@@ -91,7 +87,7 @@ def _entry_points() -> dict[str, str]:
     return {
         point.name: point.value
         for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-        if point.name not in BUILTIN and point.name not in RESERVED
+        if point.name not in BUILTIN
     }
 
 

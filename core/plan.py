@@ -179,7 +179,7 @@ PRESETS: dict[str, dict[str, str]] = {
 }
 # fmt: on
 MACHINE_PRESET = {"cuda": "seed", "cpu": "cpu"}
-MACHINE_BACKENDS = {"cuda": "naive,sdpa,flex", "cpu": "naive,sdpa,numba"}
+MACHINE_BACKENDS = {"cuda": "naive,sdpa,flex,triton", "cpu": "naive,sdpa,numba"}
 
 OPTIONS: dict[str, Option] = {
     "backends": Option(words, "A,B", "backends to compare, by name or ./file.py:Class (default: the machine's)"),
