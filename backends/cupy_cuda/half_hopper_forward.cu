@@ -52,7 +52,7 @@ __device__ __forceinline__ void copy_tile(u32 to, u32 barrier, const TensorMap &
     for (int c = 0; c < HALVES; c++) copy_box(to + c * column, map, barrier, 64 * c, row, head, batch);
 }
 
-// One warp: every tile, as soon as its buffer is free.
+// One warp: every tile, as soon as its buffer is free. Its lanes meet at every barrier; the first one copies.
 __device__ __forceinline__ void produce(const Hopper &h, u32 base) {
     const Params &p = h.p;
     bool first = threadIdx.x % 32 == 0;
@@ -64,14 +64,17 @@ __device__ __forceinline__ void produce(const Hopper &h, u32 base) {
         int head_kv = work.head / p.group;
         for (int j = work.last(); j >= work.keys.lo; j -= BLOCK_N, count++) {
             int slot = count % STAGES;
+            __syncwarp();
             if (count >= STAGES) bar_sync(K_FREE + slot, RING_THREADS);
             if (first) copy_tile(base + K_RING + slot * TILE_KV, base + K_FULL + 8 * slot, h.k, COLUMN_KV, j, head_kv, work.batch);
             if (j == work.last()) {  // K first: Q may have to wait
                 int q_slot = q_count % Q_SLOTS;
+                __syncwarp();
                 if (q_count >= Q_SLOTS) bar_sync(Q_FREE + q_slot, RING_THREADS);
                 if (first) copy_tile(base + Q_RING + q_slot * TILE_Q, base + Q_FULL + 8 * q_slot, h.q, COLUMN_Q, work.start, work.head, work.batch);
                 q_count++;
             }
+            __syncwarp();
             if (count >= STAGES) bar_sync(V_FREE + slot, RING_THREADS);
             if (first) copy_tile(base + V_RING + slot * TILE_KV, base + V_FULL + 8 * slot, h.v, COLUMN_KV, j, head_kv, work.batch);
         }
