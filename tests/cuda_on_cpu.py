@@ -1,7 +1,7 @@
 """The cupy backend's CUDA sources run on a CPU by tests/mma_on_cpu.cpp and hopper_on_cpu.hpp: slow, and exact in what they
 index, mask and wait for.
 
-`--backends tests/cuda_on_cpu.py:CudaOnCPU` gives it to the contract suite.
+`--backends tests/cuda_on_cpu.py:CudaOnCPU,tests/cuda_on_cpu.py:HopperOnCPU` gives it to the contract suite.
 """
 
 from __future__ import annotations
@@ -68,6 +68,16 @@ class CudaOnCPU(CupyCuda):
             mock.patch.multiple(hopper, encode=encode, mover=lambda: move),
         ):
             yield
+
+
+class HopperOnCPU(CudaOnCPU):
+    """With Hopper's forward."""
+
+    name = "hopper-on-cpu"
+    capability = dataclasses.replace(CudaOnCPU.capability, precisions={"fp16": ("fp16",), "bf16": ("bf16",)})
+
+    def __init__(self, eager: bool = False) -> None:
+        super().__init__(eager, arch=90)
 
 
 def run_all(plan: launch.Plan, eager: bool) -> None:
