@@ -379,10 +379,11 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
         s = warpgroup_mma_wait(1, deps=[s_token])
     elif AHEAD:  # the next scores too run beside this softmax
         s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE, LSE_FIRST)
-    elif EARLY:  # waits for nothing: it keeps ptxas from spreading dP's wgmmas over the softmax
-        if LSE_FIRST:  # there is no load behind it that stays where it is; nothing passes a branch
+    if EARLY:  # waits for nothing: it keeps ptxas from spreading the wgmmas over the softmax, as it moves
+        if LSE_FIRST:  # nothing over a branch
             mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
-        s = warpgroup_mma_wait(1, deps=[s])
+        else:  # no load over a wait
+            s = warpgroup_mma_wait(2 if AHEAD else 1, deps=[s])
     if LSE_FIRST:
         p, slope = probabilities(s, None, i * BM, edges, maths, True, MASK, MASKS, SOFTCAP)
     else:

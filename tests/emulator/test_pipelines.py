@@ -186,6 +186,7 @@ class Fault:
 F128, F256 = (128, "causal", FORWARD), (256, "rest", FORWARD)
 B128, D128, D256 = (128, "causal", BACKWARD), (128, "causal", DETERMINISTIC), (256, "causal", DETERMINISTIC)
 B64 = (64, "causal", BACKWARD)
+APART = {"block_m": 64, "stages": 3, "lse_first": True, "apart": True, "ahead": True}
 RELEASE_K = "    bar_arrive(slot + k_free(KV_SLOTS), 128 * (GROUPS + 1))\n"
 RELEASE_V = "        bar_arrive(v_slot + v_free(KV_SLOTS), THREADS)\n"
 FAULTS = [
@@ -261,14 +262,14 @@ FAULTS = [
     # backward: fused
     Fault("dS is overwritten while dQ is computed of it", "backward.fused_step",
           "        everyone_sync(DQ_TAKEN)\n", "",
-          r"race: fused_consumer \d (reads|writes) ds_tile|writes ds_tile.*while a wgmma|arrives twice", B128),
+          r"race: fused_consumer \d (reads|writes) ds_ring|writes ds_ring.*while a wgmma|arrives twice", B128),
     Fault("the other consumer's dS is not waited for", "backward.fused_step", "consumers_sync(DS_READY)", "pass",
-          r"race: fused_consumer \d (reads|writes) ds_tile|writes ds_tile.* while a wgmma", B128),
+          r"race: fused_consumer \d (reads|writes) ds_ring|writes ds_ring.* while a wgmma", B128),
     Fault("dS is stored without a fence", "backward.fused_step",
           "fence_async_shared()\n        consumers_sync(DS_READY)", "consumers_sync(DS_READY)",
-          r"no fence: fused_consumer \d reads ds_tile", B128),
+          r"no fence: fused_consumer \d reads ds_ring", B128),
     Fault("dQ is staged without a fence", "backward.fused_step",
-          "32, 32]))\n        fence_async_shared()\n", "32, 32]))\n",
+          "        fence_async_shared()\n        everyone_arrive(STAGED)", "        everyone_arrive(STAGED)",
           r"no fence: fused_producer reads staging", B128),
     Fault("dQ's staging is released before it has left", "backward.fused_producer",
           "            tma_store_wait(0)\n            if i + 1 < total:\n                everyone_arrive(DQ_TAKEN)",
@@ -284,6 +285,26 @@ FAULTS = [
     Fault("dK leaves without a fence", "backward.fused_consumer",
           "    fence_async_shared()\n    everyone_arrive(FINISHED)", "    everyone_arrive(FINISHED)",
           r"no fence: fused_\w+( \d)? reads [kv]_tile", B128),
+    # backward: fused, dQ by a group of its own
+    Fault("dS is overwritten while the group computes dQ of it", "backward.fused_step",
+          "mbarrier.wait(ds_free.index(slot), ((i // 2) & 1) ^ 1)", "pass",
+          r"arrives twice|writes ds_ring.*while a wgmma|race", B64, APART),
+    Fault("the group frees dS before dQ is done", "backward.dq_group",
+          "                dq = warpgroup_mma_wait(0, deps=[token])\n                if part == PARTS - 1:\n"
+          "                    mbarrier.arrive(ds_free.index(slot))\n",
+          "                if part == PARTS - 1:\n                    mbarrier.arrive(ds_free.index(slot))\n"
+          "                dq = warpgroup_mma_wait(0, deps=[token])\n",
+          r"writes ds_ring.*while a wgmma|race: fused_consumer \d writes ds_ring", B64, APART),
+    Fault("the group does not wait for the second half of dS", "backward.dq_group",
+          "            pair_sync(HANDED + 2 * slot + 1)\n", "", r"race: dq_group reads ds_ring|deadlock|arrives twice|race", B64, APART),
+    Fault("dS is handed over without a fence", "backward.fused_step",
+          "fence_async_shared()\n            pair_arrive", "pair_arrive", r"no fence: dq_group reads ds_ring", B64, APART),
+    Fault("the group overwrites a dQ that has not left", "backward.dq_group", "tma_store_wait(1)", "pass",
+          r"dq_group writes staging.*while a TMA store", B64, APART),
+    Fault("the group reads K when dK is in its place", "backward.fused_consumer", "everyone_sync(DONE)", "pass",
+          r"writes k_tile.*while a wgmma|race: .* k_tile|deadlock", B64, APART),
+    Fault("the next scores begin before their Q is there", "backward.issue_scores",
+          "mbarrier.wait(q_full.index(b), (i // STAGES) & 1, pred=i < total)", "pass", r"race: .*(q_ring|stats_ring)|a TMA load writes q_ring", B64, APART),
     # backward: two kernels
     Fault("one barrier frees all stages", "backward.fused_producer", "everyone_sync(FREE + i % STAGES)",
           "everyone_sync(FREE)", r"deadlock|arrives twice", D128),
@@ -320,7 +341,9 @@ def test_a_planted_fault_is_found(fault):
     config = None
     if pass_ == FORWARD:
         config = shipped(problem)[0].replace(**fault.config or {})
-        run(problem, pass_, 0, config, **how)  # without the fault it is right
+    elif fault.config:
+        config = Fused(**fault.config)
+    run(problem, pass_, 0, config, **how)  # without the fault it is right
     said = []
     for seed in range(8):  # a few show in some schedules only
         try:
