@@ -51,8 +51,9 @@ def complaints(build: Build | str, arch: int, precision: str | None, *, meant: b
 def shipped(problem: Problem, arch: int) -> dict[str, tuple[TileConfig, bool]]:
     """kernel -> (the configuration that `problem` runs with on `arch` out of the box, is it a row of its table?)."""
     with torch.device("meta"):
-        q = torch.empty(1, problem.heads_q, problem.seq_q, problem.head_dim, dtype=TORCH_DTYPES[problem.dtype])
-        k = torch.empty(1, problem.heads_kv, problem.seq_kv, problem.head_dim, dtype=TORCH_DTYPES[problem.dtype])
+        dtype = TORCH_DTYPES[problem.dtype]
+        q = launch.aligned(torch.empty(1, problem.heads_q, problem.seq_q, problem.head_dim, dtype=dtype))
+        k = launch.aligned(torch.empty(1, problem.heads_kv, problem.seq_kv, problem.head_dim, dtype=dtype))
         slopes = torch.empty(problem.heads_q) if problem.alibi else None
     found = {}
     with (

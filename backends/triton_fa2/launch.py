@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flash2.backends.triton_fa2 import backward, configs, forward, prepare
+from flash2.backends.triton_fa2 import backward, configs, forward, prepare, quick
 from flash2.backends.triton_fa2.configs import Key, TileConfig
 from flash2.backends.triton_fa2.tiles import INTERPRET
 from flash2.core.contract import DTYPE_NAMES, TORCH_DTYPES, Spec, spec_of
@@ -27,14 +28,16 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec, pins: Pins | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse): o laid out like q, lse (batch, heads_q, seq_q) float32, natural log."""
-    q, k, v = rows_dense(q), rows_dense(k), rows_dense(v)
-    o = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    call_key = ("fwd", layout(q), layout(k), layout(v), o.stride(), *options(spec, pins), q.dtype, q.get_device())
+    call_key = ("fwd", layout(q), layout(k), layout(v), *options(spec, pins), q.dtype, q.get_device())
+    o, lse = empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     plan = _plans.get(call_key)
     if plan is None:
-        plan = remember(call_key, plan_forward(q, k, v, o, spec, pins or {}))
-    plan(q, k, v, o, lse, spec.alibi_slopes)
+        read = aligned(q), aligned(k), aligned(v)
+        launches = plan_forward(*read, o, spec, pins or {})
+        plan = remember(call_key, Plan(launches, any(x is not y for x, y in zip(read, (q, k, v), strict=True))))
+    if plan.copies:
+        q, k, v = aligned(q), aligned(k), aligned(v)
+    plan.launches(q, k, v, o, lse, spec.alibi_slopes)
     return o, lse
 
 
@@ -43,19 +46,30 @@ def differentiate(
     spec: Spec, pins: Pins | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(dq, dk, dv), laid out like q, k, v."""
-    do, q, k, v, o, lse = rows_dense(do), rows_dense(q), rows_dense(k), rows_dense(v), rows_dense(o), lse.contiguous()
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    call_key = ("bwd", layout(do), layout(q), layout(k), layout(v), layout(o), dq.stride(), dk.stride(), dv.stride(),
-                *options(spec, pins), q.dtype, q.get_device())  # fmt: skip
+    lse, tensors = lse.contiguous(), (do, q, k, v, o)
+    call_key = ("bwd", *map(layout, tensors), *options(spec, pins), q.dtype, q.get_device())
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     plan = _plans.get(call_key)
     if plan is None:
-        plan = remember(call_key, plan_backward(do, q, k, v, o, dq, dk, dv, spec, pins or {}))
-    lse2, delta = torch.empty((2, q.shape[0] * q.shape[1], plan.rows_padded), dtype=torch.float32, device=q.device)
-    plan.statistics(o, do, lse, lse2, delta)
-    for gradients_kv in plan.kv.values():
+        read = tuple(map(aligned, tensors))
+        launches = plan_backward(*read, dq, dk, dv, spec, pins or {})
+        plan = remember(call_key, Plan(launches, any(x is not y for x, y in zip(read, tensors, strict=True))))
+    if plan.copies:
+        do, q, k, v, o = map(aligned, tensors)
+    launches = plan.launches
+    lse2, delta = torch.empty((2, q.shape[0] * q.shape[1], launches.rows_padded), dtype=torch.float32, device=q.device)
+    launches.statistics(o, do, lse, lse2, delta)
+    for gradients_kv in launches.kv.values():
         gradients_kv(q, k, v, do, lse2, delta, dk, dv, spec.alibi_slopes)
-    plan.q(q, k, v, do, lse2, delta, dq, spec.alibi_slopes)
+    launches.q(q, k, v, do, lse2, delta, dq, spec.alibi_slopes)
     return dq, dk, dv
+
+
+class Plan(NamedTuple):
+    """What a call of one kind launches, and whether some of its tensors are read from an aligned() copy."""
+
+    launches: Any
+    copies: bool
 
 
 _plans: dict[tuple, Any] = {}
@@ -70,9 +84,27 @@ def remember(call_key: tuple, plan: T) -> T:
     return plan
 
 
-def rows_dense(x: torch.Tensor) -> torch.Tensor:
-    """x, or a contiguous copy where a row's elements are not neighbours: a kernel reads 16 bytes at once."""
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+def empty_like(x: torch.Tensor) -> torch.Tensor:
+    """Memory laid out like x, or densely where a row's elements are no neighbours in x."""
+    return torch.empty_like(x) if rows_dense(x) else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def rows_dense(x: torch.Tensor) -> bool:
+    """Are a row's elements neighbours?"""
+    return x.stride(3) == 1 or x.shape[3] == 1
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x where its rows can be read 16 bytes at once, else a copy of it with rows padded for that. Element by element
+    a kernel is several times slower, and its addresses take the registers that its tiles want."""
+    size = x.element_size()
+    steps = [s * size for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
+    if rows_dense(x) and x.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps):
+        return x
+    unit = 16 // size
+    padded = -(-x.shape[3] // unit) * unit
+    copy = torch.empty((*x.shape[:3], padded), dtype=x.dtype, device=x.device)[..., : x.shape[3]]
+    return copy.copy_(x)
 
 
 def layout(x: torch.Tensor) -> tuple:
@@ -242,11 +274,13 @@ class Maths:
         return self.sizes[3] % config.block_n != 0 and not causal
 
     def config(self, kernel: str, pins: Pins, operands: tuple[torch.Tensor, ...]) -> TileConfig:
-        """The configuration of `kernel`, without tensor descriptors where the operands' strides forbid them."""
+        """The configuration of `kernel`: one without tensor descriptors where the operands' strides forbid them."""
         config = pins.get(kernel) or self.chosen(kernel)[0]
         if not config.tma or all(map(fits_descriptor, operands)):
             return config
-        return config.replace(tma=False, ws=False, prepared=False)
+        if kernel in pins:
+            return config.replace(tma=False, ws=False, prepared=False)
+        return configs.fallback(self.key(kernel))  # with pointers the table's tiles have too few registers
 
     def chosen(self, kernel: str, *, tune: bool = True) -> tuple[TileConfig, str]:
         """(configuration, where it comes from) for `kernel`. On a device that no table knows, the first call of a
@@ -399,7 +433,7 @@ class Launch:
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         if self.runner is not None:
-            self.runner(*self.described(tensors), *self.scalars)
+            self.runner(tensors)
             return
         positional, keyword = self.arguments(tensors)
         compiled = self.kernel[self.grid](*positional, **keyword)
@@ -407,7 +441,14 @@ class Launch:
             # The plan's key covers all that Triton specialises on, so this binary is right for every call of it.
             # Constants are bound by name above and by place here: they end the signature, in its order.
             self.scalars += tuple(self.constants[param.name] for param in self.kernel.params if param.is_constexpr)
-            self.runner = compiled[(*self.grid, 1, 1)]
+            grid, device = (*self.grid, 1, 1), tensors[0].get_device()
+            self.runner = quick.runner(compiled, grid, device, self.shells, moved, self.scalars) or self.theirs(
+                compiled[grid]
+            )
+
+    def theirs(self, run) -> Callable[[tuple], None]:
+        """A call of Triton's own runner."""
+        return lambda tensors: run(*self.described(tensors), *self.scalars)
 
 
 def moved(shell: TensorDescriptor, x: torch.Tensor) -> TensorDescriptor:

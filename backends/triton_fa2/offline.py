@@ -40,11 +40,11 @@ class Build:
 
 
 def planned(problem: Problem, pins: launch.Pins) -> dict[str, tuple[launch.Launch, tuple]]:
-    """kernel name -> (its launch, its tensors) for contiguous tensors that hold nothing; pins name the configurations."""
+    """kernel name -> (its launch, its tensors) for dense tensors that hold nothing, aligned as a call would; pins name the configurations."""
     dtype = TORCH_DTYPES[problem.dtype]
     with torch.device("meta"):
-        q = torch.empty(problem.batch, problem.heads_q, problem.seq_q, problem.head_dim, dtype=dtype)
-        k = torch.empty(problem.batch, problem.heads_kv, problem.seq_kv, problem.head_dim, dtype=dtype)
+        q = launch.aligned(torch.empty(problem.batch, problem.heads_q, problem.seq_q, problem.head_dim, dtype=dtype))
+        k = launch.aligned(torch.empty(problem.batch, problem.heads_kv, problem.seq_kv, problem.head_dim, dtype=dtype))
         lse = torch.empty(q.shape[:3], dtype=torch.float32)
         slopes = torch.empty(problem.heads_q, dtype=torch.float32) if problem.alibi else None
     spec = spec_of(problem, slopes)

@@ -47,11 +47,11 @@ def _bwd(do, q, k, v, o, lse, *options):
 
 
 def _fwd_like(q, k, v, *options):
-    return torch.empty_like(launch.rows_dense(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return launch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _bwd_like(do, q, k, v, o, lse, *options):
-    return tuple(torch.empty_like(launch.rows_dense(x)) for x in (q, k, v))
+    return tuple(launch.empty_like(x) for x in (q, k, v))
 
 
 def _save_fwd(ctx, inputs, output):

@@ -93,6 +93,10 @@ def test_repeats_are_bitwise_equal(case: Case):
     problem = case.problem(batch=2, heads_q=4, heads_kv=2, seq_q=200, seq_kv=257, head_dim=64, causal=True)
     inputs, _ = judged(problem.replace(precision=None, pass_="fwd+bwd"), str(case.device))
     first = case.run(problem, inputs)
-    for _ in range(200 if case.device.type == "cuda" else 5):
+    other = {name: torch.zeros((), dtype=torch.bool, device=case.device) for name in first}
+    for _ in range(
+        1_000 if case.device.type == "cuda" else 5
+    ):  # compared on the device: a wait each time would cost more
         for name, x in case.run(problem, inputs).items():
-            assert torch.equal(x, first[name]), name
+            other[name] |= (x != first[name]).any()
+    assert not [name for name, differs in other.items() if differs]
