@@ -269,6 +269,7 @@ class Builds:
         self.known: dict[Job, offline.Build | str] = {}
         self.running: dict[Job, Future] = {}
         self.pool: ProcessPoolExecutor | None = None
+        self.deadline = math.inf  # time.monotonic() after which nothing is waited for
         if file is not None and file.exists():
             for line in file.read_text().splitlines():
                 entry = json.loads(line)
@@ -290,7 +291,12 @@ class Builds:
         """The build, or why there is none."""
         self.start([job])
         if job in self.running:
-            found = self.running.pop(job).result()
+            try:
+                left = self.deadline - time.monotonic()
+                found = self.running[job].result(None if left == math.inf else max(0.0, left))
+            except TimeoutError:
+                return "not compiled in time"
+            del self.running[job]
             self.known |= found
             for (kernel, problem, config), build in found.items() if self.file is not None else ():
                 numbers = build if isinstance(build, str) else (build.registers, build.spills, build.shared)
@@ -434,7 +440,7 @@ def tune_kernel(
         try:
             if hangs[kind] >= 2:
                 raise RuntimeError("skipped: two of its kind hung")
-            answer = worker.ask("judge", kernel, problems[0], config, seconds=10)
+            answer = worker.ask("judge", kernel, problems[0], config, seconds=30)
         except RuntimeError as failure:
             hangs[kind] += isinstance(failure, Hang)
             answer = str(failure)
@@ -588,7 +594,8 @@ def main(arguments: list[str] | None = None) -> int:
     arch = options.compile_only or 10 * torch.cuda.get_device_capability()[0]
     grid = cells(options, arch)
     builds = Builds(options.builds, arch, options.workers)
-    builds.start((kernel, problems[0], config) for kernel, problems, some in grid for config in some)
+    for kernel, problems, some in grid:
+        builds.start([("fwd", problems[0], STARTERS["fwd"]), *((kernel, problems[0], config) for config in some)])
     if options.compile_only:
         for kernel, problems, some in grid:
             fit = builds.usable(kernel, problems[0], some)
@@ -598,6 +605,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         builds.stop()
         return 0
+    builds.deadline = began + options.budget
     where = {"device": torch.cuda.get_device_name(), "triton": triton.__version__, "torch": torch.__version__}
     times_of_rivals: dict[Problem, dict] = {}
     worker, winners = Worker(), {}

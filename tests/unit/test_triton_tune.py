@@ -101,8 +101,10 @@ def test_builds_are_remembered(tmp_path, monkeypatch):
             asked.append((job, arch))
             return self
 
-        def result(self):
+        def result(self, timeout):
             job, _ = asked[-1]
+            if timeout == 0.0:
+                raise TimeoutError
             return {job: build(spills=8) if job[2].num_warps == 8 else "AssertionError: no"}
 
     monkeypatch.setattr(tune, "ProcessPoolExecutor", Now)
@@ -112,8 +114,13 @@ def test_builds_are_remembered(tmp_path, monkeypatch):
     again = tune.Builds(file, 90, 1)
     assert [again.of(job) for job in jobs] == [build(spills=8), "AssertionError: no"]
     assert len(asked) == 2
-    tune.Builds(file, 80, 1).start(jobs[:1])
+    late = tune.Builds(file, 80, 1)
+    late.deadline = 0.0
+    assert late.of(jobs[0]) == "not compiled in time"
     assert asked[-1] == (jobs[0], 80)
+    late.deadline = float("inf")
+    assert late.of(jobs[0]) == build(spills=8)
+    assert len(asked) == 3
 
 
 def test_what_spills_is_not_raced():
