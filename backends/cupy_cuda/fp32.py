@@ -44,7 +44,11 @@ TF32_TILES = {
     ("gradients_q", 256): (T(64, 16, 4), T(32, 16, 2), T(16, 16, 1)),
 }
 # With softcap or ALiBi, or a scale that is not positive: where TF32_TILES would not leave the registers that it takes.
-TF32_DRESSED = {("forward", 32): T(128, 32, 4, 4), ("gradients_kv", 64): T(32, 64, 4)}
+TF32_DRESSED = {
+    ("forward", 32): T(128, 32, 4, 4),
+    ("gradients_kv", 32): T(32, 64, 4),
+    ("gradients_kv", 64): T(32, 64, 4),
+}
 STATISTICS = T(32, 0, 4)
 
 

@@ -44,14 +44,20 @@ DRESSED = {
     ("forward", 128): T(128, 32, 4),
     ("gradients_kv", 96): T(32, 64, 4),
 }
+# Before sm_90, whose assembler needs fewer registers for the same.
+OLDER = {("gradients_q", 128): T(128, 32, 8)}
+OLDER_DRESSED = {("gradients_q", 64): T(128, 32, 4)}
 
 
 def tile(kernel: str, maths: Maths) -> Tile:
     """The tile of `kernel` for these sizes on this device."""
     if kernel == "statistics":
         return T(32, 0, 4)
-    if not maths.fold and (kernel, maths.block_d) in DRESSED:
-        return DRESSED[kernel, maths.block_d]
+    special = {} if maths.fold else DRESSED
+    if maths.arch < 90:
+        special = special | OLDER | ({} if maths.fold else OLDER_DRESSED)
+    if (kernel, maths.block_d) in special:
+        return special[kernel, maths.block_d]
     limit = shared_limit(maths.arch)
     return next(t for t in TILES[kernel, maths.block_d] if shared(kernel, t, maths.block_d) <= limit)
 
