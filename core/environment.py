@@ -176,6 +176,7 @@ class PeakMemory:
         self.device = device
         self._before: int | None = None
         if device.type == "cuda":
+            torch.cuda.init()  # a process that has not used the device has no statistics to reset, and raises
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
         else:
