@@ -213,6 +213,15 @@ __device__ __forceinline__ void consume(const Hopper &h, u32 base, int group) {
             int j = work.last(), i = work.start + own + offset, slot = count % STAGES, q_slot = q_count % Q_SLOTS;
             float s[N][4], alpha[2];
             u32 w[N / 2][4];
+            const int sees = work.start + group * 64 + 63 + offset + p.right;  // the last key of the last row
+            for (; j > sees && j - BLOCK_N >= work.keys.lo; j -= BLOCK_N) {  // tiles for the groups below alone
+                if (TURNS) bar_sync(mine, 256), bar_arrive(next, 256);
+                mbarrier_wait(base + K_FULL + 8 * slot, count / STAGES & 1);
+                bar_arrive(K_FREE + slot, RING_THREADS);
+                mbarrier_wait(base + V_FULL + 8 * slot, count / STAGES & 1);
+                bar_arrive(V_FREE + slot, RING_THREADS);
+                slot = ++count % STAGES;
+            }
             mbarrier_wait(base + Q_FULL + 8 * q_slot, q_count / Q_SLOTS & 1);
             u32 q_tile = base + Q_RING + q_slot * TILE_Q + group * 8192;
 #if Q_REGISTERS
