@@ -329,13 +329,32 @@ def fused_producer(descs, kv_descs, acc_desc, rings, kv, staging, place, walk, S
 
 
 @gluon.jit
-def issue_scores(CID: gl.constexpr, i, total, rings, k_tile, SHAPE: gl.constexpr, LSE_FIRST: gl.constexpr):
+def own_keys(CID: gl.constexpr, tile, registers, RESIDENT: gl.constexpr):
+    """A consumer's 64 rows of K or V as an A operand."""
+    if RESIDENT:
+        return registers
+    else:
+        return tile.index(opaque_zero()).slice(CID * 64, 64, 0)
+
+
+@gluon.jit
+def issue_scores(
+    CID: gl.constexpr,
+    i,
+    total,
+    rings,
+    k_tile,
+    own,
+    SHAPE: gl.constexpr,
+    LSE_FIRST: gl.constexpr,
+    RESIDENT: gl.constexpr,
+):
     """Begin S^T of step i for this consumer's 64 keys; past the last step it works on stale data and nobody looks."""
     q_ring, do_ring, stats_ring, q_full, do_full = rings
     BM, BN, D, STAGES = SHAPE
     b = i % STAGES
     mbarrier.wait(q_full.index(b), (i // STAGES) & 1, pred=i < total)
-    k = k_tile.index(opaque_zero()).slice(CID * 64, 64, 0)
+    k = own_keys(CID, k_tile, own[0], RESIDENT)
     zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
     if LSE_FIRST:  # as with delta: no registers for lse beside s
         lse = stats_ring.index(b).slice(0, BM, 0).load(gl.SliceLayout(0, acc_layout(BM)))
@@ -346,7 +365,7 @@ def issue_scores(CID: gl.constexpr, i, total, rings, k_tile, SHAPE: gl.constexpr
 
 
 @gluon.jit
-def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings, kv, ds_tile, staging,
+def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings, kv, own, ds_tile, staging,
                edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
     """One query tile: dv += p^T dO, dk += ds^T Q, and dQ's part to the staging buffer.
 
@@ -355,7 +374,7 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
     q_ring, do_ring, stats_ring, q_full, do_full = rings
     k_tile, v_tile, k_full, v_full = kv
     BM, BN, D, STAGES = SHAPE
-    DQ, APART, PIPELINED, AHEAD, EARLY, LSE_FIRST, DELTA_FIRST, DV_LATE, DK_LATE, SOFTCAP = HOW
+    DQ, APART, PIPELINED, AHEAD, EARLY, LSE_FIRST, DELTA_FIRST, DV_LATE, DK_LATE, RESIDENT, SOFTCAP = HOW
     ds_ring, ds_free = ds_tile
     COLUMNS: gl.constexpr = gl.SliceLayout(0, acc_layout(BM))
     DQN: gl.constexpr = D * BM // 128  # this consumer's half of dQ is [64, DQN]
@@ -365,9 +384,9 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
     do = do_ring.index(b)
     stats = stats_ring.index(b)
     zero = opaque_zero()
-    v = v_tile.index(zero).slice(CID * 64, 64, 0)
+    v = own_keys(CID, v_tile, own[1], RESIDENT)
     if not PIPELINED:
-        s_token = issue_scores(CID, i, total, rings, k_tile, SHAPE, LSE_FIRST)
+        s_token = issue_scores(CID, i, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)
     mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
     zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
     if DELTA_FIRST:  # dP's accumulator begins with -delta, which then needs no registers of its own beside p and dP
@@ -378,7 +397,7 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
     if not PIPELINED:
         s = warpgroup_mma_wait(1, deps=[s_token])
     elif AHEAD:  # the next scores too run beside this softmax
-        s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE, LSE_FIRST)
+        s_token = issue_scores(CID, i + 1, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)
     if EARLY:  # waits for nothing: it keeps ptxas from spreading the wgmmas over the softmax, as it moves
         if LSE_FIRST:  # nothing over a branch
             mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
@@ -421,11 +440,11 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
             dv = warpgroup_mma_wait(1, deps=[dv_token])
             dk_token = warpgroup_mma(ds_operand, q, dk, is_async=True)
             if PIPELINED:
-                s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE, LSE_FIRST)
+                s_token = issue_scores(CID, i + 1, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)
             dq = warpgroup_mma_wait(2 if PIPELINED else 1, deps=[dq_token])
         elif PIPELINED:
             dv, dk = warpgroup_mma_wait(1, deps=[dv_token, dk_token])
-            s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE, LSE_FIRST)
+            s_token = issue_scores(CID, i + 1, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)
             dq = warpgroup_mma_wait(1, deps=[dq_token])
         else:
             dv, dk, dq = warpgroup_mma_wait(0, deps=[dv_token, dk_token, dq_token])
@@ -445,7 +464,7 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
             dv, dk = warpgroup_mma_wait(0, deps=[dv_token, dk_token])
         elif PIPELINED:
             dv = warpgroup_mma_wait(1, deps=[dv_token])
-            s_token = issue_scores(CID, i + 1, total, rings, k_tile, SHAPE, LSE_FIRST)
+            s_token = issue_scores(CID, i + 1, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)
             dk = warpgroup_mma_wait(1, deps=[dk_token])
         else:
             dv, dk = warpgroup_mma_wait(0, deps=[dv_token, dk_token])
@@ -457,21 +476,21 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
 
 
 @gluon.jit
-def fused_walk(CID: gl.constexpr, first, s, dk, dv, total, steps, rings, kv, ds_tile, staging,
+def fused_walk(CID: gl.constexpr, first, s, dk, dv, total, steps, rings, kv, own, ds_tile, staging,
                edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
     """One head, from step `first` on: `steps` end the masked tiles, the ones without a mask, and again masked ones."""
     full_lo, full_hi, hi = steps
     LEFT, RIGHT, TAIL = MASKS
     if RIGHT or TAIL:
         for i in range(first, first + full_lo):
-            s, dk, dv = fused_step(CID, True, i, s, dk, dv, total, rings, kv, ds_tile, staging,
+            s, dk, dv = fused_step(CID, True, i, s, dk, dv, total, rings, kv, own, ds_tile, staging,
                                    edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     for i in range(first + full_lo, first + full_hi):
-        s, dk, dv = fused_step(CID, False, i, s, dk, dv, total, rings, kv, ds_tile, staging,
+        s, dk, dv = fused_step(CID, False, i, s, dk, dv, total, rings, kv, own, ds_tile, staging,
                                edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     if LEFT:
         for i in range(first + full_hi, first + hi):
-            s, dk, dv = fused_step(CID, True, i, s, dk, dv, total, rings, kv, ds_tile, staging,
+            s, dk, dv = fused_step(CID, True, i, s, dk, dv, total, rings, kv, own, ds_tile, staging,
                                    edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     return s, dk, dv
 
@@ -483,25 +502,30 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, start_n, star
     """Partitions 1 and 2: dK and dV of 64 keys each, in registers from first to last."""
     k_tile, v_tile, k_full, v_full = kv
     BM, BN, D, STAGES = SHAPE
-    DQ, APART, PIPELINED, AHEAD, EARLY, LSE_FIRST, DELTA_FIRST, DV_LATE, DK_LATE, SOFTCAP = HOW
+    DQ, APART, PIPELINED, AHEAD, EARLY, LSE_FIRST, DELTA_FIRST, DV_LATE, DK_LATE, RESIDENT, SOFTCAP = HOW
     full_lo, full_hi, n = steps
     total = n * group if GROUPED else n
     dtype: gl.constexpr = k_tile.dtype
     dk = gl.zeros([64, D], gl.float32, acc_layout(D))
     dv = gl.zeros([64, D], gl.float32, acc_layout(D))
     s = gl.zeros([64, BM], gl.float32, acc_layout(BM))
+    own = (k_tile, v_tile)
     mbarrier.wait(k_full.index(0), 0)
+    if RESIDENT:
+        own = (k_tile.index(0).slice(CID * 64, 64, 0).load(gl.DotOperandLayout(0, acc_layout(BM), 2)), v_tile)
     if PIPELINED:
-        s = warpgroup_mma_wait(0, deps=[issue_scores(CID, 0, total, rings, k_tile, SHAPE, LSE_FIRST)])
+        s = warpgroup_mma_wait(0, deps=[issue_scores(CID, 0, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)])
     mbarrier.wait(v_full.index(0), 0)
+    if RESIDENT:
+        own = (own[0], v_tile.index(0).slice(CID * 64, 64, 0).load(gl.DotOperandLayout(0, acc_layout(BM), 2)))
     edges = edges_of(start_m, start_n + CID * 64, lengths, band)
     if GROUPED:
         for member in range(group):
             first = member * n
-            s, dk, dv = fused_walk(CID, first, s, dk, dv, total, steps, rings, kv, ds_tile, staging,
+            s, dk, dv = fused_walk(CID, first, s, dk, dv, total, steps, rings, kv, own, ds_tile, staging,
                                    edges_before(edges, first * BM), maths, MASKS, SHAPE, HOW)  # fmt: skip
     else:
-        s, dk, dv = fused_walk(CID, 0, s, dk, dv, total, steps, rings, kv, ds_tile, staging,
+        s, dk, dv = fused_walk(CID, 0, s, dk, dv, total, steps, rings, kv, own, ds_tile, staging,
                                edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     if APART:
         everyone_sync(DONE)
@@ -575,7 +599,7 @@ def gluon_gradients_fused(
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, GROUPED: gl.constexpr, SOFTCAP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     DQ: gl.constexpr, APART: gl.constexpr, PIPELINED: gl.constexpr, AHEAD: gl.constexpr, EARLY: gl.constexpr, LSE_FIRST: gl.constexpr,
-    DELTA_FIRST: gl.constexpr, DV_LATE: gl.constexpr, DK_LATE: gl.constexpr,
+    DELTA_FIRST: gl.constexpr, DV_LATE: gl.constexpr, DK_LATE: gl.constexpr, RESIDENT: gl.constexpr,
 ):  # fmt: skip
     """dv = sum p^T dO and dk = sum ds^T Q of 128 keys, all query heads that share them; with DQ, dQ += ds K.
 
@@ -612,17 +636,8 @@ def gluon_gradients_fused(
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
     SHAPE: gl.constexpr = (BM, BN, D, STAGES)
     HOW: gl.constexpr = (
-        DQ and not APART,
-        APART,
-        PIPELINED,
-        AHEAD,
-        EARLY,
-        LSE_FIRST,
-        DELTA_FIRST,
-        DV_LATE,
-        DK_LATE,
-        SOFTCAP,
-    )
+        DQ and not APART, APART, PIPELINED, AHEAD, EARLY, LSE_FIRST, DELTA_FIRST, DV_LATE, DK_LATE, RESIDENT, SOFTCAP,
+    )  # fmt: skip
     lo, full_lo, full_hi, hi = query_range(tile * BN, seq_q, seq_kv, band, BM, BN, MASKS)
     steps = (full_lo - lo, full_hi - lo, hi - lo)
     # Statistics and the accumulator of dQ are padded to multiples of 128 queries.
@@ -683,8 +698,17 @@ def q_producer(descs, q_tiles, rings, place, walk, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, q_tiles, lse_tile, rings,
-           edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
+def own_rows(CID: gl.constexpr, tile, registers, RESIDENT: gl.constexpr):
+    """A consumer's rows of Q or dO as an A operand."""
+    if RESIDENT:
+        return registers
+    else:
+        return tile.index(opaque_zero() + CID)
+
+
+@gluon.jit
+def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, own, q_tiles, lse_tile, rings,
+           edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, SOFTCAP: gl.constexpr, RESIDENT: gl.constexpr):  # fmt: skip
     """One key tile: dq += ds K. Returns the scores of the next step, and dq."""
     q_tile, do_tile, q_full = q_tiles
     k_ring, v_ring, k_full, v_full = rings
@@ -695,7 +719,7 @@ def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, q_tiles
     b = i % K_STAGES
     c = i % V_STAGES
     mbarrier.wait(v_full.index(c), (i // V_STAGES) & 1)
-    do = do_tile.index(opaque_zero() + CID)
+    do = own_rows(CID, do_tile, own[1], RESIDENT)
     dp_token = warpgroup_mma(do, v_ring.index(c).permute((1, 0)), zeros, use_acc=False, is_async=True)
     # Waits for nothing; with the load behind it, it keeps dP's wgmmas in front of the softmax: ptxas moves arithmetic
     # over a wait, but no load.
@@ -710,7 +734,7 @@ def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, q_tiles
         everyone_arrive(V_FREE + c)  # an mbarrier's arrival here makes ptxas pull the wait over the exponentials
     ds = a_operand(slope * (dp + delta[:, None]), D, dtype)
     dq_token = warpgroup_mma(ds, k_ring.index(b), dq, is_async=True)
-    q = q_tile.index(opaque_zero() + CID)
+    q = own_rows(CID, q_tile, own[0], RESIDENT)
     s_token = warpgroup_mma(q, k_ring.index(b2).permute((1, 0)), zeros, use_acc=False, is_async=True)
     dq = warpgroup_mma_wait(1, deps=[dq_token])
     if i + K_STAGES < n:
@@ -722,7 +746,7 @@ def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, q_tiles
 @gluon.jit
 def q_consumer(CID: gl.constexpr, stats, q_tiles, lse_tile, rings, start_m, tiles, stats_row,
                lengths, band, maths, scale, MASKS: gl.constexpr, SHAPE: gl.constexpr, BM: gl.constexpr, SOFTCAP: gl.constexpr,
-               LSE_FIRST: gl.constexpr):  # fmt: skip
+               LSE_FIRST: gl.constexpr, RESIDENT: gl.constexpr):  # fmt: skip
     """Partitions 1 and 2: dQ of 64 queries each."""
     q_tile, do_tile, q_full = q_tiles
     k_ring, v_ring, k_full, v_full = rings
@@ -745,21 +769,26 @@ def q_consumer(CID: gl.constexpr, stats, q_tiles, lse_tile, rings, start_m, tile
     lse_tile.index(CID).store(lse)
     delta = gl.load(at + BM + rows)
     mbarrier.wait(q_full.index(0), 0)
+    own = (q_tile, do_tile)
+    if RESIDENT:
+        own = (q_tile.index(CID).load(gl.DotOperandLayout(0, L, 2)), do_tile)
     mbarrier.wait(k_full.index(0), 0, pred=n > 0)
     s = warpgroup_mma_wait(0, deps=[warpgroup_mma(
-        q_tile.index(CID), k_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)])  # fmt: skip
+        own_rows(CID, q_tile, own[0], RESIDENT), k_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)])  # fmt: skip
     mbarrier.wait(q_full.index(1), 0, pred=n > 0)
+    if RESIDENT:
+        own = (own[0], do_tile.index(CID).load(gl.DotOperandLayout(0, L, 2)))
     if LEFT:
         for t in range(lo, full_lo):
-            s, dq = q_step(CID, True, t - lo, t, n, s, dq, delta, q_tiles, lse_tile, rings,
-                           edges, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+            s, dq = q_step(CID, True, t - lo, t, n, s, dq, delta, own, q_tiles, lse_tile, rings,
+                           edges, maths, MASKS, SHAPE, SOFTCAP, RESIDENT)  # fmt: skip
     for t in range(full_lo, full_hi):
-        s, dq = q_step(CID, False, t - lo, t, n, s, dq, delta, q_tiles, lse_tile, rings,
-                       edges, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+        s, dq = q_step(CID, False, t - lo, t, n, s, dq, delta, own, q_tiles, lse_tile, rings,
+                       edges, maths, MASKS, SHAPE, SOFTCAP, RESIDENT)  # fmt: skip
     if RIGHT or TAIL:
         for t in range(full_hi, hi):
-            s, dq = q_step(CID, True, t - lo, t, n, s, dq, delta, q_tiles, lse_tile, rings,
-                           edges, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
+            s, dq = q_step(CID, True, t - lo, t, n, s, dq, delta, own, q_tiles, lse_tile, rings,
+                           edges, maths, MASKS, SHAPE, SOFTCAP, RESIDENT)  # fmt: skip
     q_tile.index(CID).store((dq * scale).to(dtype))  # only this consumer reads it
     fence_async_shared()
     everyone_arrive(FINISHED)
@@ -771,7 +800,7 @@ def gluon_gradients_q(
     rows, heads, group, seq_q, seq_kv, left, right, together, factor, cap, scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, SOFTCAP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    LSE_FIRST: gl.constexpr,
+    LSE_FIRST: gl.constexpr, RESIDENT: gl.constexpr,
 ):  # fmt: skip
     """dq = sum ds K of 128 queries of one head; BM is the tile of the statistics."""
     dtype: gl.constexpr = q_desc.dtype
@@ -806,8 +835,8 @@ def gluon_gradients_q(
     stats_row = row * gl.cdiv(seq_q, 128) * 128
     gl.warp_specialize([
         (q_producer, ((q_desc, do_desc, k_desc, v_desc, dq_desc), q_tiles, rings, place, (tiles[0], tiles[3] - tiles[0]), SHAPE)),
-        (q_consumer, (gl.constexpr(0), stats, q_tiles, lse_tile, rings, tile * 128, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP, LSE_FIRST)),
-        (q_consumer, (gl.constexpr(1), stats, q_tiles, lse_tile, rings, tile * 128, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP, LSE_FIRST)),
+        (q_consumer, (gl.constexpr(0), stats, q_tiles, lse_tile, rings, tile * 128, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP, LSE_FIRST, RESIDENT)),
+        (q_consumer, (gl.constexpr(1), stats, q_tiles, lse_tile, rings, tile * 128, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP, LSE_FIRST, RESIDENT)),
     ], [4, 4], [240, 240])  # fmt: skip
 
 

@@ -25,7 +25,8 @@ class Config:
     scores begin behind this tile's dQ. ahead: they begin before this tile's softmax (apart; three stages). early: dP is issued wholly before the softmax. lse_first, delta_first: the
     accumulators of S and dP begin with -lse and -delta. apart: dQ is computed by a third group (fused). dv_late: dV's product begins behind dS. dk_late: dK's product runs behind dQ's, beside the
     staging of dQ (fused and pipelined; ptxas 12.8 crashes over it, 13.0 does not).
-    block_n, k_stages, v_stages: keys a tile, and tiles in flight, of the kernel that owns queries. together: how many
+    block_n, k_stages, v_stages: keys a tile, and tiles in flight, of the kernel that owns queries. resident_q:
+    Q and dO are register operands there; resident_kv: K and V, in the kernel that owns keys. together: how many
     heads' tiles take turns in the grid. parts: the batch is taken in so many parts, one after the other, so that
     dQ's accumulator is smaller, and stays in the L2 cache.
     """
@@ -44,14 +45,18 @@ class Config:
     block_n: int = 64
     k_stages: int = 2
     v_stages: int = 2
+    resident_q: bool = False
+    resident_kv: bool = False
     together: int = 1
     parts: int = 1
 
     def __str__(self) -> str:
+        resident = f"{' Q and dO resident' * self.resident_q}{' K and V resident' * self.resident_kv}"
         if self.fused:
             how = f"{self.block_m}x128 s{self.stages}{' pipelined' * self.pipelined}{' ahead' * self.ahead}{' early' * self.early}{' lse first' * self.lse_first}{' delta first' * self.delta_first}{' dk late' * self.dk_late}{' dv late' * self.dv_late}{' dQ apart' * self.apart}"
-            return f"fused, {how}, dQ by float32 atomics: not deterministic"
-        return f"two kernels, tiles of {self.block_m} queries and {self.block_n} keys: deterministic"
+            return f"fused, {how}{resident}, dQ by float32 atomics: not deterministic"
+        how = f"{' lse first' * self.lse_first}{resident}"
+        return f"two kernels, tiles of {self.block_m} queries and {self.block_n} keys{how}: deterministic"
 
 
 def choose(block_d: int, softcap: bool, deterministic: bool) -> Config:
@@ -176,7 +181,7 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
             ((m, d), (128, d), (128, d), (m, d), (64, d), (64, d), (2 * m,), (2 * columns if how.fused else 8, 32)),
             (batch * heads_kv, heads_kv, *sizes),
             dict(constants, BM=m, BN=128, DQ=how.fused, APART=how.apart, PIPELINED=how.pipelined, AHEAD=how.ahead, EARLY=how.early, LSE_FIRST=lse_first,
-                 DELTA_FIRST=how.delta_first, DV_LATE=how.dv_late, DK_LATE=how.dk_late),
+                 DELTA_FIRST=how.delta_first, DV_LATE=how.dv_late, DK_LATE=how.dk_late, RESIDENT=how.resident_kv),
         )  # fmt: skip
     if how.fused:
         gradients_q = Launch(
@@ -191,7 +196,7 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
             ((64, d), (n, d), (n, d), (64, d), (64, d), None),
             (rows, heads, *sizes),
             dict(features, TAIL=seq_kv % n != 0, D=d, BM=m, BN=n, K_STAGES=how.k_stages, V_STAGES=how.v_stages,
-                 LSE_FIRST=lse_first),
+                 LSE_FIRST=lse_first, RESIDENT=how.resident_q),
         )  # fmt: skip
     return Plan(how.fused, d, rows * padded * 2, statistics, kv, gradients_q)
 

@@ -155,7 +155,9 @@ VARIANTS += [
     (128, Fused(block_m=64, lse_first=True, dk_late=True, early=True)),
     (128, Fused(block_m=64, pipelined=False, dv_late=True, dk_late=True)),
     (128, Fused(block_m=64, lse_first=True, parts=2)),
+    (64, Fused(block_m=64, lse_first=True, apart=True, resident_kv=True, stages=3)),
     (64, gradients.Config(fused=False, block_m=128, block_n=128, lse_first=True)),
+    (128, gradients.Config(fused=False, block_m=64, stages=3, early=True, lse_first=True, resident_q=True)),
 ]
 
 
