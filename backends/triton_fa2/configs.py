@@ -21,6 +21,7 @@ KERNELS = ("fwd", "dkdv", "dk", "dv", "dq")
 FLAGS = ("tma", "ws", "one_loop", "late", "prepared", "split")
 # full: every key is visible. masked: a causal mask. dressed: a window's left edge, softcap or ALiBi, which want registers.
 WORK = ("full", "masked", "dressed")
+SHORT = 1024
 EXAMPLE = "64x128 w4 s2 tma"
 
 
@@ -85,7 +86,7 @@ class Key:
 
     kernel: one of KERNELS. arch: sm80, sm86 (also 8.9), sm90, sm100, sm120, or "cpu" for the interpreter.
     precision: the class of maths. block_d: head_dim padded to a power of two. work: what a tile has beside its
-    products: one of WORK. seq: the longer length's bucket (short, long).
+    products: one of WORK. seq: the longer length's bucket: short (up to SHORT) or long.
     """
 
     kernel: str
@@ -100,7 +101,7 @@ class Key:
 
 
 # Found by tune.py; no row spills, whatever a problem of its kind asks for. Rows hold for head_dims down to the next smaller one.
-# A problem's odd lengths make tiles at its edges: that is one_loop in a row of full ones.
+# A row of full/short or masked/short goes before the other for problems that short. A problem's odd lengths make tiles at its edges: that is one_loop in a row of full ones.
 TABLES = {
     "sm90": """
         fwd   bf16,fp16   64 full     64x128 w4 s2 tma one_loop late
@@ -177,11 +178,82 @@ TABLES = {
 }
 
 
+# Where nothing was raced, and where strides forbid descriptors: by pointers alone, within 99 KB of shared memory. Found by
+# compiling for sm_80, sm_90, sm_100 and sm_120, largest tiles first, until none spilled, whatever a problem asks for. Only
+# ieee's dk and dv at head_dim 256 still do (16 bytes), from sm_90 on, and what fallback() has no row for.
+FALLBACKS = {
+    "any": """
+        fwd   bf16,fp16   64 any 128x64 w8 s2 one_loop
+        dkdv  bf16,fp16   64 any 64x32 w8 s2 one_loop
+        dq    bf16,fp16   64 any 128x64 w8 s2 one_loop
+        fwd   bf16,fp16  128 any 128x64 w8 s2 one_loop
+        dkdv  bf16,fp16  128 any 64x32 w8 s2 one_loop
+        dq    bf16,fp16  128 any 32x64 w8 s2 one_loop
+        fwd   bf16,fp16  256 any 32x64 w8 s1 one_loop
+        dkdv  bf16,fp16  256 any 32x16 w4 s2 one_loop
+        dq    bf16,fp16  256 any 32x64 w8 s1 one_loop
+        fwd   tf32        64 any 128x64 w8 s2 one_loop
+        dkdv  tf32        64 any 64x32 w8 s2 one_loop
+        dq    tf32        64 any 64x64 w8 s2 one_loop
+        fwd   tf32       128 any 64x64 w8 s1 one_loop
+        dkdv  tf32       128 any 32x16 w4 s2 one_loop
+        dq    tf32       128 any 32x64 w8 s1 one_loop
+        fwd   tf32       256 any 16x32 w4 s1 one_loop
+        dkdv  tf32       256 any 16x16 w4 s1 one_loop
+        dq    tf32       256 any 16x16 w4 s2 one_loop
+        fwd   bf16x6      64 any 128x32 w8 s2 one_loop
+        dkdv  bf16x6      64 any 32x16 w4 s2 one_loop
+        dq    bf16x6      64 any 32x64 w8 s2 one_loop
+        fwd   bf16x6     128 any 16x32 w8 s1 one_loop
+        dkdv  bf16x6     128 any 32x16 w8 s1 one_loop
+        dq    bf16x6     128 any 16x32 w4 s2 one_loop
+        fwd   bf16x3      64 any 128x32 w8 s2 one_loop
+        dkdv  bf16x3      64 any 64x32 w8 s2 one_loop
+        dq    bf16x3      64 any 32x64 w8 s2 one_loop
+        fwd   bf16x3     128 any 32x64 w8 s1 one_loop
+        dkdv  bf16x3     128 any 16x32 w8 s1 one_loop
+        dq    bf16x3     128 any 32x64 w8 s1 one_loop
+        fwd   tf32x3      64 any 32x64 w8 s2 one_loop
+        dkdv  tf32x3      64 any 32x16 w4 s2 one_loop
+        dq    tf32x3      64 any 32x64 w8 s2 one_loop
+        fwd   tf32x3     128 any 32x64 w8 s1 one_loop
+        dkdv  tf32x3     128 any 16x16 w4 s2 one_loop
+        dq    tf32x3     128 any 16x32 w4 s2 one_loop
+        fwd   ieee        64 any 64x64 w8 s2 one_loop
+        dkdv  ieee        64 any 16x32 w4 s2 one_loop
+        dq    ieee        64 any 64x64 w8 s2 one_loop
+        fwd   ieee       128 any 32x32 w4 s2 one_loop
+        dkdv  ieee       128 any 16x16 w8 s1 one_loop
+        dq    ieee       128 any 32x64 w8 s1 one_loop
+        fwd   ieee       256 any 16x16 w4 s2 one_loop
+        dkdv  ieee       256 any 16x16 w4 s2 one_loop
+        dq    ieee       256 any 16x32 w4 s1 one_loop
+    """,
+    "sm90": """
+        dkdv  bf16x6     128 any 16x16 w8 s1 one_loop
+        dkdv  bf16x3      64 any 32x16 w4 s2 one_loop
+        dkdv  ieee       256 any 16x16 w8 s1 one_loop
+    """,
+    "sm100": """
+        dkdv  bf16,fp16   64 any 64x32 w4 s2 one_loop
+        fwd   tf32        64 any 64x32 w4 s2 one_loop
+        dkdv  bf16x6     128 any 16x16 w8 s1 one_loop
+        dkdv  bf16x3      64 any 32x16 w4 s2 one_loop
+        dkdv  ieee       256 any 16x16 w8 s1 one_loop
+    """,
+}
+
+
 @functools.cache
 def table(arch: str) -> dict[tuple[str, str, int, str], TileConfig]:
     """TABLES[arch] by (kernel, class, block_d, work); empty for an arch that nobody measured."""
+    return parse_rows(TABLES.get(arch, ""))
+
+
+def parse_rows(text: str) -> dict[tuple[str, str, int, str], TileConfig]:
+    """A table's rows by (kernel, class, block_d, work)."""
     rows = {}
-    for line in TABLES.get(arch, "").strip().splitlines():
+    for line in text.strip().splitlines():
         kernel, classes, block_d, work, config = line.split(maxsplit=4)
         for precision in classes.split(","):
             rows[kernel, precision, int(block_d), work] = parse(config)
@@ -192,8 +264,11 @@ def known(key: Key) -> TileConfig | None:
     """The table's row for `key`: its own head_dim's, else that of the next larger one; the masked one where no
     dressed one is needed."""
     rows = table(key.arch)
+    kinds = ("dressed", "masked") if key.work == "dressed" else (key.work,)
+    if key.seq == "short":
+        kinds = tuple(f"{kind}{end}" for kind in kinds for end in ("/short", ""))
     for block_d in (16, 32, 64, 128, 256):
-        for work in ("dressed", "masked") if key.work == "dressed" else (key.work,):
+        for work in kinds:
             row = rows.get((key.kernel, key.precision, block_d, work))
             if row is not None and block_d >= key.block_d:
                 return row
@@ -219,14 +294,19 @@ def choose(key: Key, device_name: str = "") -> tuple[TileConfig, str] | None:
 
 
 def fallback(key: Key) -> TileConfig:
-    """Small tiles that compile and fit on every supported device (99 KB of shared memory), not the fastest."""
-    wide = key.precision in ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6")
-    if key.block_d <= 64:
-        size = 32 if wide else 64
-        return TileConfig(block_m=64, block_n=size, num_warps=4, num_stages=2)
-    if key.block_d <= 128:
-        return TileConfig(block_m=64, block_n=32, num_warps=4 if not wide else 8, num_stages=2)
-    return TileConfig(block_m=32, block_n=16 if wide else 32, num_warps=8, num_stages=1)
+    """FALLBACKS' row for `key`, of its own head_dim or the next larger one: it fits everywhere and is not the fastest."""
+    kernel = "dkdv" if key.kernel in ("dk", "dv") else key.kernel
+    for block_d in (64, 128, 256):
+        for rows in (_fallbacks(key.arch), _fallbacks("any")) if block_d >= key.block_d else ():
+            if (row := rows.get((kernel, key.precision, block_d, "any"))) is not None:
+                return row
+    # The classes of several products at head_dims above 128: the parts of one operand fill the registers, and spill.
+    return TileConfig(block_m=16, block_n=32, num_warps=8, num_stages=1, one_loop=True)
+
+
+@functools.cache
+def _fallbacks(arch: str) -> dict[tuple[str, str, int, str], TileConfig]:
+    return parse_rows(FALLBACKS.get(arch, ""))
 
 
 @functools.cache

@@ -308,7 +308,7 @@ class Maths:
         return Key(
             kernel=kernel, arch=self.arch, precision=self.spec_precision, block_d=self.block_d,
             work="dressed" if dressed else "masked" if self.features["RIGHT"] else "full",
-            seq="short" if max(self.sizes[2:4]) <= 1024 else "long",
+            seq="short" if max(self.sizes[2:4]) <= configs.SHORT else "long",
         )  # fmt: skip
 
 

@@ -608,7 +608,7 @@ def main(arguments: list[str] | None = None) -> int:
     builds.deadline = began + options.budget
     where = {"device": torch.cuda.get_device_name(), "triton": triton.__version__, "torch": torch.__version__}
     times_of_rivals: dict[Problem, dict] = {}
-    worker, winners = Worker(), {}
+    worker, raced = Worker(), {}
     with options.out.open("a") as file:
         for kernel, problems, some in grid:
             first = problems[0]
@@ -638,11 +638,10 @@ def main(arguments: list[str] | None = None) -> int:
                     file.write(json.dumps(line) + "\n")
                     file.flush()
             show(kernel, problems, records, builds, times_of_rivals)
-            if (best := fastest(records)) is not None:
-                winners[kernel, first] = best
+            raced[kernel, first] = records
     worker.stop()
     builds.stop()
-    print("\n" + "\n".join(rows(winners, arch)))
+    print("\n" + "\n".join(rows(raced, arch)))
     print(f"done in {time.monotonic() - began:.0f} s", flush=True)
     return 0
 
@@ -660,31 +659,45 @@ def present(kernel: str, problem: Problem, arch: int) -> TileConfig | None:
     return None if now is None else now.replace(split=False, one_loop=now.one_loop and problem.causal)
 
 
-def fastest(records: list[dict]) -> dict[TileConfig, float] | None:
-    """Geometric means over all lengths in milliseconds, the fastest configuration first; None if none ran all."""
-    finals = [r for r in records if r["final"] and r["ms"]]
-    lengths = max((len(r["ms"]) for r in finals), default=0)
-    mean = {r["config"]: statistics.geometric_mean(r["ms"].values()) for r in finals if len(r["ms"]) == lengths}
-    return dict(sorted(mean.items(), key=lambda item: item[1])) or None
+def means(records: list[dict], *, short: bool) -> dict[TileConfig, float]:
+    """Geometric means in milliseconds over the lengths up to configs.SHORT, or over those above, of what ran them all;
+    the fastest first."""
+    finals = [{n: ms for n, ms in r["ms"].items() if (n <= configs.SHORT) == short} for r in records if r["final"]]
+    lengths = max(map(len, finals), default=0)
+    mean = {
+        record["config"]: statistics.geometric_mean(ms.values())
+        for record, ms in zip((r for r in records if r["final"]), finals, strict=True)
+        if lengths and len(ms) == lengths
+    }
+    return dict(sorted(mean.items(), key=lambda item: item[1]))
 
 
-def rows(winners: dict[tuple[str, Problem], dict[TileConfig, float]], arch: int) -> list[str]:
-    """The table's rows for what was raced, each with how it stands to the row that the table has now."""
+def rows(raced: dict[tuple[str, Problem], list[dict]], arch: int) -> list[str]:
+    """The table's rows for what was raced, each with how it stands to the row that the table has now; one for short
+    problems where it is 2 % faster there than the long ones' row."""
     lines = []
-    for (kernel, problem), mean in winners.items():
-        best = next(iter(mean))
-        comment = f"{mean[best]:.3f} ms"
-        if kernel == "dkdv" and all((part, problem) in winners for part in ("dk", "dv")):
-            apart = sum(next(iter(winners[part, problem].values())) for part in ("dk", "dv"))
-            comment += f", apart {apart:.3f} ms"
-            best = best.replace(split=apart < mean[best])
-        now = present(kernel, problem, arch)
-        if now in mean:
-            comment += f", {mean[now] / next(iter(mean.values())):.3f}x faster than {now}"
-        classes = "bf16,fp16" if problem.precision == "bf16" else problem.precision
-        block_d = max(16, triton.next_power_of_2(problem.head_dim))
-        work = "masked" if problem.causal else "full"
-        lines.append(f"        {kernel:5} {classes:10} {block_d:3} {work:8} {best!s:36} # {comment}")
+    for (kernel, problem), records in raced.items():
+        long = next(iter(means(records, short=False)), None)
+        for short in (False, True):
+            mean = means(records, short=short)
+            if not mean:
+                continue
+            best = next(iter(mean))
+            if short and long in mean and mean[long] < 1.02 * mean[best]:
+                continue
+            comment = f"{mean[best]:.3f} ms"
+            apart = [means(raced.get((part, problem), []), short=short) for part in ("dk", "dv")]
+            if kernel == "dkdv" and all(apart):
+                together, parted = mean[best], sum(next(iter(part.values())) for part in apart)
+                comment += f", apart {parted:.3f} ms"
+                best = best.replace(split=parted < together)
+            now = present(kernel, problem, arch)
+            if now in mean:
+                comment += f", {mean[now] / next(iter(mean.values())):.3f}x faster than {now}"
+            classes = "bf16,fp16" if problem.precision == "bf16" else problem.precision
+            block_d = max(16, triton.next_power_of_2(problem.head_dim))
+            work = ("masked" if problem.causal else "full") + ("/short" if short else "")
+            lines.append(f"        {kernel:5} {classes:10} {block_d:3} {work:12} {best!s:36} # {comment}")
     return lines
 
 

@@ -75,16 +75,6 @@ CHOICE = [
 ]
 
 
-# Open: the fallback configurations of these, and a table's row without its tensor descriptors, spill.
-SPILLING = {
-    "sm90-fp16-d128-full-rest-fwd",
-    "sm80-bf16-d128-causal-rest-fwd",
-    "sm80-fp16-d64-causal-bwd",
-    "sm100-ieee-d64-full-fwd",
-    "sm120-bf16-d64-all-rest-bwd",
-}
-
-
 def problem_of(precision: str, head_dim: int, feature: str, pass_: str) -> Problem:
     """The problem of one cell; one with a rest has a head_dim that is no power of two, with odd rows."""
     dtype = precision if precision in ("bf16", "fp16") else "fp32"
@@ -96,8 +86,7 @@ def problem_of(precision: str, head_dim: int, feature: str, pass_: str) -> Probl
 def pytest_generate_tests(metafunc):
     if "cell" in metafunc.fixturenames:
         names = list(MATRIX) if metafunc.config.getoption("every_kernel") else CHOICE
-        known = pytest.mark.xfail(strict=True, reason="a fallback that spills, where no table has a row yet")
-        cells = [pytest.param(MATRIX[name], marks=[known] if name in SPILLING else [], id=name) for name in names]
+        cells = [pytest.param(MATRIX[name], id=name) for name in names]
         metafunc.parametrize("cell", cells)
 
 

@@ -69,13 +69,39 @@ def test_every_row_of_the_tables_is_for_a_kernel_and_class_there_is():
             assert kernel in configs.KERNELS
             assert precision in ("bf16", "fp16", "tf32", "bf16x6", "bf16x3", "tf32x3", "ieee")
             assert block_d in (16, 32, 64, 128, 256)
+            work, _, length = work.partition("/")
             assert work in configs.WORK
+            assert length in ("", "short")
             assert {(kernel, precision, block_d, kind) for kind in ("full", "masked")} <= set(
                 rows
             )  # nobody tunes one alone
             if config.split:
                 assert kernel == "dkdv"
                 assert {(kind, precision, block_d, work) for kind in ("dk", "dv")} <= set(rows)
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm86", "sm90", "sm100", "sm120"])
+def test_a_fallback_needs_no_descriptors_and_little_shared_memory(arch):
+    """It serves an arch that nobody raced, and tensors that no descriptor describes."""
+    for kernel in configs.KERNELS:
+        for precision in ("bf16", "fp16", "tf32", "bf16x6", "bf16x3", "tf32x3", "ieee"):
+            for block_d in (16, 32, 64, 128, 256):
+                key = Key(kernel=kernel, arch=arch, precision=precision, block_d=block_d, work="dressed", seq="long")
+                config = configs.fallback(key)
+                assert not (config.tma or config.ws or config.prepared or config.split)
+                element = 2 if precision in ("bf16", "fp16") else 4
+                step = config.block_m if kernel in ("dkdv", "dk", "dv") else config.block_n
+                assert 2 * config.num_stages * step * block_d * element <= 101_376, (key, config)
+
+
+def test_every_fallback_is_of_a_kernel_and_class_there_is():
+    for arch in configs.FALLBACKS:
+        assert arch in ("any", "sm80", "sm86", "sm90", "sm100", "sm120")
+        for kernel, precision, block_d, work in configs._fallbacks(arch):
+            assert kernel in ("fwd", "dkdv", "dq")
+            assert precision in ("bf16", "fp16", "tf32", "bf16x6", "bf16x3", "tf32x3", "ieee")
+            assert block_d in (64, 128, 256)
+            assert work == "any"
 
 
 def test_a_row_serves_the_smaller_head_dims_but_no_larger_one():
@@ -89,6 +115,19 @@ def test_a_row_serves_the_smaller_head_dims_but_no_larger_one():
     wide = Key(kernel="fwd", arch="sm90", precision="tf32", block_d=256, work="masked", seq="short")
     assert configs.known(wide) is None
     assert configs.choose(wide) == (configs.fallback(wide), "fallback")  # a known device tunes nothing
+
+
+def test_a_short_problem_has_its_own_row_where_there_is_one(monkeypatch):
+    rows = configs.parse_rows("""
+        fwd bf16 64 full        64x128 w4 s2
+        fwd bf16 64 full/short  64x64 w4 s2
+        fwd bf16 64 masked      32x32 w4 s2
+    """)
+    monkeypatch.setattr(configs, "table", lambda arch: rows)
+    for seq, work, text in (
+        ("long", "full", "64x128 w4 s2"), ("short", "full", "64x64 w4 s2"), ("short", "dressed", "32x32 w4 s2"),
+    ):  # fmt: skip
+        assert configs.known(dataclasses.replace(KEY, block_d=64, seq=seq, work=work)) == parse(text)
 
 
 def test_order_of_the_sources(monkeypatch):

@@ -134,26 +134,44 @@ def test_what_spills_is_not_raced():
 
 def test_the_fastest_ran_every_length():
     records = raced(
-        ("64x64 w4 s2", {512: 1.0, 2048: 4.0}), ("64x64 w4 s3", {512: 1.0, 2048: 9.0}), ("64x64 w8 s2", {512: 0.1})
+        ("64x64 w4 s2", {512: 9.0, 2048: 1.0, 8192: 4.0}),
+        ("64x64 w4 s3", {512: 1.0, 2048: 1.0, 8192: 9.0}),
+        ("64x64 w8 s2", {2048: 0.1}),
     )
-    assert tune.fastest(records) == {parse("64x64 w4 s2"): pytest.approx(2.0), parse("64x64 w4 s3"): pytest.approx(3.0)}
-    assert tune.fastest([]) is None
+    slow, quick = parse("64x64 w4 s3"), parse("64x64 w4 s2")
+    assert list(tune.means(records, short=False).items()) == [(quick, pytest.approx(2.0)), (slow, pytest.approx(3.0))]
+    assert list(tune.means(records, short=True)) == [slow, quick]
+    assert tune.means([], short=False) == {}
+
+
+def rows_of(winners: dict) -> list[tuple[str, ...]]:
+    """(kernel, classes, block_d, work, configuration, comment) of each row."""
+    parts = [line.partition("#") for line in tune.rows(winners, 90)]
+    return [(*row.split(maxsplit=4)[:4], parse(row.split(maxsplit=4)[4]), comment) for row, _, comment in parts]
 
 
 def test_rows_for_the_table(monkeypatch):
     """A row parses as the table's, says what it gains, and parts dk from dv where that is faster."""
     now = parse("64x64 w4 s2 tma")
     monkeypatch.setattr(configs, "table", lambda arch: {("dkdv", "bf16", 256, "full"): now})
-    best = {"dkdv": parse("32x64 w8 s2 tma"), "dk": parse("64x64 w4 s2 tma"), "dv": parse("64x128 w8 s2 tma")}
+    best = {"dkdv": "32x64 w8 s2 tma", "dk": "64x64 w4 s2 tma", "dv": "64x128 w8 s2 tma"}
     for dv, split in ((1.0, True), (2.5, False)):
         winners = {
-            ("dkdv", D256): {best["dkdv"]: 3.0, now: 3.3},
-            ("dk", D256): {best["dk"]: 1.5},
-            ("dv", D256): {best["dv"]: dv},
+            ("dkdv", D256): raced((best["dkdv"], {2048: 3.0}), (str(now), {2048: 3.3})),
+            ("dk", D256): raced((best["dk"], {2048: 1.5})),
+            ("dv", D256): raced((best["dv"], {2048: dv})),
         }
-        lines = [line.partition("#") for line in tune.rows(winners, 90)]
-        for (kernel, _), (row, _, comment) in zip(winners, lines, strict=True):
-            name, classes, block_d, work, config = row.split(maxsplit=4)
-            assert (name, classes, block_d, work) == (kernel, "bf16,fp16", "256", "full")
-            assert parse(config) == best[kernel].replace(split=split and kernel == "dkdv")
+        for kernel, classes, block_d, work, config, comment in (found := rows_of(winners)):
+            assert (classes, block_d, work) == ("bf16,fp16", "256", "full")
+            assert config == parse(best[kernel]).replace(split=split and kernel == "dkdv")
             assert ("1.100x faster" in comment) == (kernel == "dkdv")
+        assert [row[0] for row in found] == ["dkdv", "dk", "dv"]
+
+
+def test_a_row_for_short_problems_where_it_pays():
+    long, short = "64x128 w4 s2 tma", "64x64 w4 s2 tma"
+    for at_512, pays in ((1.03, True), (1.01, False)):
+        winners = {("fwd", D256): raced((long, {512: at_512, 2048: 1.0}), (short, {512: 1.0, 2048: 2.0}))}
+        assert [(row[3], str(row[4])) for row in rows_of(winners)] == [("full", long), ("full/short", short)][
+            : 1 + pays
+        ]
