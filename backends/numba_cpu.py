@@ -18,6 +18,7 @@ class NumbaCPU(Backend):
     """Register-tiled FlashAttention-2 (Dao 2023) in float32, forward and backward, on every CPU core torch uses."""
 
     name = "numba"
+    opaque = True
     capability = Capability(
         devices=("cpu",),
         precisions={"fp32": ("ieee",)},

@@ -23,6 +23,7 @@ class NumbaCuda(Backend):
 
     name = "numba-cuda"
     settled = True
+    opaque = True
     capability = Capability(
         devices=("cuda", "cpu") if SIMULATED else ("cuda",),
         precisions={"fp32": ("ieee",)},

@@ -91,6 +91,8 @@ class Backend:
     # True: unavailable(), classes() and why_not() answer the same as long as the process lives, whatever torch's
     # switches or the environment say, so that attention() asks once for each kind of call.
     settled: bool = False
+    # True: its launches are Python that torch.compile cannot trace. In a compiled graph it is an operator of torch.
+    opaque: bool = False
 
     def capability_on(self, device: torch.device) -> Capability:
         """What holds on `device`; override it where a library's kernels differ from one to the other

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from flash2.core import operators
 from flash2.core.contract import DTYPE_NAMES, Backend, Spec, check_inputs
 from flash2.core.problem import Problem, Window, check_window
 
@@ -122,13 +123,21 @@ def default_precision(backend: Backend, q: torch.Tensor) -> str | None:
 
 def refuse_unsupported(backend: Backend, problem: Problem, device: torch.device, *, lse: bool = False) -> None:
     """Raise, in words, unless `backend` can run `problem` on `device`."""
-    if (reason := backend.unavailable()) is not None:
+    if (reason := _unavailable(backend, device)) is not None:
         raise RuntimeError(f"backend {backend.name!r} is unavailable: {reason}")
     reasons = backend.why_not(problem, device)
     if lse and "lse" not in backend.capability_on(device).features:
         reasons = [*reasons, "no lse (return_lse=True)"]
     if reasons:
         raise NotImplementedError(f"backend {backend.name!r} cannot run {problem.key()}: {'; '.join(reasons)}")
+
+
+def _unavailable(backend: Backend, device: torch.device) -> str | None:
+    if not (backend.opaque and torch.compiler.is_compiling()):
+        return backend.unavailable()
+    if operators.identity(backend.name, device.type) != id(backend):
+        return "in a compiled graph it goes by its name, which stands for no such backend; register_backend() it first"
+    return operators.unavailable(backend.name, device.type)
 
 
 def run(
@@ -139,6 +148,8 @@ def run(
         return _empty(q, k, v)
     if spec.window is not None and (hidden := hidden_keys(spec, q.shape[2], k.shape[2])):
         k, v = k[:, :, hidden:], v[:, :, hidden:]  # bottom-right alignment does not move
+    if backend.opaque and torch.compiler.is_compiling():
+        return operators.attend(backend, q, k, v, spec)
     with _on_device(q):
         if backend.autograd or not needs_grad:
             return backend.forward(q, k, v, spec)

@@ -15,6 +15,7 @@ class CupyCuda(Backend):
 
     name = "cupy"
     settled = True
+    opaque = True
     capability = Capability(
         devices=("cuda",),
         precisions={"fp32": ("ieee", "tf32"), "fp16": ("fp16",), "bf16": ("bf16",)},

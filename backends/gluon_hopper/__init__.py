@@ -17,6 +17,7 @@ class GluonHopper(Backend):
 
     name = "gluon"
     settled = True
+    opaque = True
     capability = Capability(
         devices=("cuda",),
         precisions={"fp16": ("fp16",), "bf16": ("bf16",)},

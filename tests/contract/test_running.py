@@ -104,6 +104,32 @@ def test_autocast_computes_in_the_low_dtype(any_case: Case):
     assert all(x.dtype == torch.float32 for x in torch.autograd.grad(o.sum(), (q, k, v)))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does so
+def test_compiled_it_is_one_operator(any_case: Case):
+    """What torch.compile cannot trace stands in its graph whole, forward and backward, and computes what it does in
+    an eager call; a second length makes the length a variable."""
+    if not any_case.backend.opaque:
+        pytest.skip(f"{any_case.backend.name} is traced by torch")
+    torch.compiler.reset()
+
+    def attend(q, k, v):
+        return any_case.attention(q, k, v, problem) * 2
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for seq in (20, 33, 47):
+        problem = any_case.problem(heads_q=4, heads_kv=2, seq_q=seq, seq_kv=seq, head_dim=24, causal=True, softcap=3.0)
+        inputs = make_inputs(problem, layout="bshd", device=any_case.device)
+        leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        for got, want in zip(*(_with_gradients(f, leaves, inputs.do) for f in (compiled, attend)), strict=True):
+            assert torch.allclose(got, want, rtol=8 * any_case.roundoff, atol=8 * any_case.roundoff)
+    torch.compiler.reset()
+
+
+def _with_gradients(function, leaves, do):
+    o = function(*leaves)
+    return o.detach(), *torch.autograd.grad(o, leaves, do)
+
+
 def test_what_is_not_declared_is_refused_in_words(any_case: Case):
     """Asking for an undeclared feature raises, names it, and computes nothing."""
     problem = any_case.problem(heads_q=2, seq_q=8, seq_kv=8, head_dim=16, pass_="fwd")
