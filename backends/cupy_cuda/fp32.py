@@ -47,6 +47,7 @@ TF32_TILES = {
 TF32_DRESSED = {
     ("forward", 32): T(128, 32, 4, 4),
     ("gradients_kv", 32): T(32, 64, 4),
+    ("gradients_q", 64): T(64, 32, 4),
     ("gradients_kv", 64): T(32, 64, 4),
 }
 STATISTICS = T(32, 0, 4)
