@@ -104,6 +104,7 @@ class Key:
 # A row of full/short or masked/short goes before the other for problems that short. A problem's odd lengths make tiles at its edges: that is one_loop in a row of full ones.
 TABLES = {
     "sm90": """
+        fwd   bf16x6      64 any 64x32 w8 s2 one_loop
         fwd   bf16,fp16   64 full     64x128 w4 s2 tma one_loop late
         fwd   bf16,fp16   64 masked   64x128 w4 s2 tma one_loop
         fwd   bf16,fp16  128 full     128x64 w4 s2 tma one_loop
@@ -201,7 +202,7 @@ FALLBACKS = {
         fwd   tf32       256 any 16x32 w4 s1 one_loop
         dkdv  tf32       256 any 16x16 w4 s1 one_loop
         dq    tf32       256 any 16x16 w4 s2 one_loop
-        fwd   bf16x6      64 any 128x32 w8 s2 one_loop
+        fwd   bf16x6      64 any 32x64 w8 s2 one_loop
         dkdv  bf16x6      64 any 32x16 w4 s2 one_loop
         dq    bf16x6      64 any 32x64 w8 s2 one_loop
         fwd   bf16x6     128 any 16x32 w8 s1 one_loop
@@ -230,11 +231,13 @@ FALLBACKS = {
         dq    ieee       256 any 16x32 w4 s1 one_loop
     """,
     "sm90": """
+        fwd   bf16x6      64 any 64x32 w8 s2 one_loop
         dkdv  bf16x6     128 any 16x16 w8 s1 one_loop
         dkdv  bf16x3      64 any 32x16 w4 s2 one_loop
         dkdv  ieee       256 any 16x16 w8 s1 one_loop
     """,
     "sm100": """
+        fwd   bf16x6      64 any 64x32 w4 s2 one_loop
         dkdv  bf16,fp16   64 any 64x32 w4 s2 one_loop
         fwd   tf32        64 any 64x32 w4 s2 one_loop
         dkdv  bf16x6     128 any 16x16 w8 s1 one_loop

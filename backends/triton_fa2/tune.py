@@ -433,16 +433,15 @@ def tune_kernel(
     Returns one record a configuration: error, milliseconds by length or why it is out; `write` gets each at once.
     """
     records = []
-    hangs: Counter[tuple[bool, bool]] = Counter()
+    hangs: Counter[bool] = Counter()
     for config in configs:
         record: dict = {"config": config, "error": None, "reason": None, "ms": {}, "final": False}
-        kind = (config.tma, config.ws)
         try:
-            if hangs[kind] >= 2:
-                raise RuntimeError("skipped: two of its kind hung")
+            if hangs[config.ws] >= (2 if config.ws else 3):
+                raise RuntimeError("skipped: others of its kind hung")
             answer = worker.ask("judge", kernel, problems[0], config, seconds=30)
         except RuntimeError as failure:
-            hangs[kind] += isinstance(failure, Hang)
+            hangs[config.ws] += isinstance(failure, Hang)
             answer = str(failure)
         record["reason" if isinstance(answer, str) else "error"] = answer
         records.append(record)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -175,3 +177,68 @@ def test_a_row_for_short_problems_where_it_pays():
         assert [(row[3], str(row[4])) for row in rows_of(winners)] == [("full", long), ("full/short", short)][
             : 1 + pays
         ]
+
+
+HANGS = "64x128 w4 s3 tma late"
+
+
+class NoGPU:
+    """A worker whose kernels are right and take a time that depends on their tile; one of them hangs."""
+
+    def ask(self, method, *arguments, seconds=0.0):
+        if method == "rivals":
+            return {"sdpa-flash": (1.0, 2.5)}
+        if method == "race":
+            _, problem, some, _ = arguments
+            return [problem.seq_q / (config.block_m * config.block_n) for config in some]
+        if str(arguments[2]) == HANGS:
+            raise tune.Hang("no answer within 30 s")
+        return 1e-3
+
+    def stop(self):
+        pass
+
+
+def test_a_whole_sweep(tmp_path, monkeypatch, capsys):
+    """Every cell's records are written as they come, and the rows stand at the end."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "nobody's")
+    monkeypatch.setattr(tune, "Worker", NoGPU)
+    monkeypatch.setattr(tune.Builds, "start", lambda self, jobs: None)
+    monkeypatch.setattr(tune.Builds, "of", lambda self, job: build(registers=128))
+    out = tmp_path / "tune.jsonl"
+    assert (
+        tune.main(
+            [
+                "--cells",
+                "fwd/bf16/64/full,causal/1",
+                "--cells",
+                "dq/tf32/64/full/0",
+                "--seqlen",
+                "2048,512",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    table = [line.split("#")[0].split(maxsplit=4) for line in printed.splitlines() if line.startswith("        ")]
+    assert [row[:4] for row in table] == [
+        ["fwd", "bf16,fp16", "64", "full"], ["fwd", "bf16,fp16", "64", "masked"], ["dq", "tf32", "64", "full"],
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["kernel"] for line in lines if "kernel" in line} == {"fwd", "dq"}
+    assert sum("rivals_ms" in line for line in lines) == 6
+    assert {line["config"] for line in lines if line.get("reason")} == {HANGS}
+    raced = [line for line in lines if line.get("final")]
+    assert all(set(line["ms"]) == {"2048", "512"} for line in raced)
+
+
+def test_a_sweep_stops_at_its_budget(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "nobody's")
+    monkeypatch.setattr(tune, "Worker", NoGPU)
+    monkeypatch.setattr(tune.Builds, "start", lambda self, jobs: None)
+    assert tune.main(["--cells", "fwd/bf16/64/full/0", "--budget", "-1", "--out", str(tmp_path / "tune.jsonl")]) == 0
+    assert "budget spent before fwd bf16 d64 full" in capsys.readouterr().out
