@@ -17,6 +17,27 @@ from flash2.core.problem import Problem
 # data centre chips, and mma again of its others. On every one FFMA is the plain float32 multiply-add.
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 PRECISIONS = ("bf16", "fp16", "tf32", "tf32x3", "bf16x3", "bf16x6", "ieee")
+# What a problem may ask of a kernel. "-rest": lengths and a head_dim that fill no tile, without tensor descriptors.
+REST = {"seq_q": 2047, "seq_kv": 2045}
+FEATURES = {
+    "full": {},
+    "full-rest": REST,
+    "causal": {"causal": True},
+    "causal-rest": {"causal": True, **REST},
+    "window": {"causal": True, "window": (512, 0)},
+    "softcap": {"softcap": 30.0},
+    "alibi": {"causal": True, "alibi": True},
+    "all": {"causal": True, "window": (512, 0), "softcap": 30.0, "alibi": True},
+    "all-rest": {"window": (512, 512), "softcap": 30.0, "alibi": True, **REST},
+}
+
+
+def problem_of(precision: str, head_dim: int, feature: str, pass_: str) -> Problem:
+    """The problem of one cell; one with a rest has a head_dim that is no power of two, with odd rows."""
+    dtype = precision if precision in ("bf16", "fp16") else "fp32"
+    size = head_dim - 3 if feature.endswith("-rest") else head_dim
+    fields = {"seq_q": 2048, **FEATURES[feature]}
+    return Problem(heads_q=4, heads_kv=2, head_dim=size, dtype=dtype, precision=precision, pass_=pass_, **fields)
 
 
 def complaints(build: Build | str, arch: int, precision: str | None, *, meant: bool = True) -> list[str]:

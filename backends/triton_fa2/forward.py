@@ -122,11 +122,13 @@ def attend(
             for start_n in tl.range(lo, last, BLOCK_N, num_stages=STAGES):
                 start_n = tl.multiple_of(start_n, BLOCK_N)
                 p, alpha, l_i, m_i = online_softmax(s, l_i, m_i, start_n, full_lo, full_hi, i, seq_kv, left, right, scale, cap, slope, MASK, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE, TAIL, BLOCK_N)  # fmt: skip
-                p = operand(p, q_tile, PARTS)
                 k_tile = load_tile(k_head, batch, head_kv, start_n + BLOCK_N, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
                 s = dot(q_tile, turn(k_tile, PARTS), None, PRECISION, PARTS)
                 v_tile = load_v(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS, TURNED)  # fmt: skip
-                acc = dot(p, v_tile, acc * alpha[:, None], PRECISION, PARTS)  # [BLOCK_M, BLOCK_D]
+                # Only after acc was waited for: until then the tensor cores may still read the last p from the registers
+                # of its operand, where this one would go.  tests/compile/test_races.py
+                acc = acc * alpha[:, None]
+                acc = dot(operand(p, q_tile, PARTS), v_tile, acc, PRECISION, PARTS)  # [BLOCK_M, BLOCK_D]
             p, alpha, l_i, m_i = online_softmax(s, l_i, m_i, last, full_lo, full_hi, i, seq_kv, left, right, scale, cap, slope, MASK, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE, TAIL, BLOCK_N)  # fmt: skip
             v_tile = load_v(v_head, batch, head_kv, last, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS, TURNED)  # fmt: skip
             acc = dot(operand(p, q_tile, PARTS), v_tile, acc * alpha[:, None], PRECISION, PARTS)

@@ -31,12 +31,13 @@ def shared_limit(arch: int) -> int:
 @dataclass(frozen=True, slots=True)
 class Build:
     """What one kernel compiled to: 32-bit registers a thread, bytes of local memory (spills), of shared memory a
-    block, and how often each SASS instruction stands in it."""
+    block, how often each SASS instruction stands in it, and the SASS."""
 
     registers: int
     spills: int
     shared: int
     instructions: Counter[str] = field(repr=False)
+    listing: str = field(repr=False, default="")
 
 
 def planned(problem: Problem, pins: launch.Pins) -> dict[str, tuple[launch.Launch, tuple]]:
@@ -101,7 +102,7 @@ def read(cubin: bytes, shared: int, sass: bool = True) -> Build:
     bases: Counter[str] = Counter()
     for name, count in instructions.items():
         bases[name.partition(".")[0]] += count
-    return Build(registers, stack + local, shared, bases)
+    return Build(registers, stack + local, shared, bases, listing)
 
 
 def _cuobjdump(option: str, file: Path) -> str:

@@ -16,25 +16,11 @@ if not triton.__version__.startswith("3.6."):  # open: what other versions make 
     pytest.skip(f"registers and spills are those of triton 3.6, this is {triton.__version__}", allow_module_level=True)
 
 import builds  # noqa: E402
-from builds import PRECISIONS, TENSOR_CORE, compiled, complaints, shipped  # noqa: E402
+from builds import FEATURES, PRECISIONS, TENSOR_CORE, compiled, complaints, problem_of, shipped  # noqa: E402
 
 from flash2.backends.triton_fa2 import offline  # noqa: E402
 from flash2.backends.triton_fa2.configs import TileConfig  # noqa: E402
-from flash2.core.problem import Problem  # noqa: E402
 
-# What a problem may ask of a kernel. "-rest": lengths and a head_dim that fill no tile, without tensor descriptors.
-REST = {"seq_q": 2047, "seq_kv": 2045}
-FEATURES = {
-    "full": {},
-    "full-rest": REST,
-    "causal": {"causal": True},
-    "causal-rest": {"causal": True, **REST},
-    "window": {"causal": True, "window": (512, 0)},
-    "softcap": {"softcap": 30.0},
-    "alibi": {"causal": True, "alibi": True},
-    "all": {"causal": True, "window": (512, 0), "softcap": 30.0, "alibi": True},
-    "all-rest": {"window": (512, 512), "softcap": 30.0, "alibi": True, **REST},
-}
 HEAD_DIMS = (32, 64, 128, 256)
 MATRIX = {
     f"sm{arch}-{precision}-d{head_dim}-{feature}-{pass_}": (arch, precision, head_dim, feature, pass_)
@@ -73,14 +59,6 @@ CHOICE = [
     "sm120-bf16x3-d64-full-fwd",
     "sm120-bf16-d64-all-rest-bwd",
 ]
-
-
-def problem_of(precision: str, head_dim: int, feature: str, pass_: str) -> Problem:
-    """The problem of one cell; one with a rest has a head_dim that is no power of two, with odd rows."""
-    dtype = precision if precision in ("bf16", "fp16") else "fp32"
-    size = head_dim - 3 if feature.endswith("-rest") else head_dim
-    fields = {"seq_q": 2048, **FEATURES[feature]}
-    return Problem(heads_q=4, heads_kv=2, head_dim=size, dtype=dtype, precision=precision, pass_=pass_, **fields)
 
 
 def pytest_generate_tests(metafunc):
