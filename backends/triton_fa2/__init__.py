@@ -20,6 +20,7 @@ class TritonFA2(Backend):
 
     name = "triton"
     settled = True
+    opaque = True
     capability = Capability(
         devices=("cuda", "cpu") if INTERPRET else ("cuda",),
         # bf16x6 is more exact than ieee's own fma chains on this hardware, and faster: docs/performance.md
@@ -42,19 +43,17 @@ class TritonFA2(Backend):
 
     def unavailable(self) -> str | None:
         """Triton missing, or no GPU to run it on (and no interpreter asked for)."""
-        return _lacking()
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; pip install 'flash2-triton[triton]'"
+        if not INTERPRET and not torch.cuda.is_available():
+            return "no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests"
+        return None
 
     def version(self) -> str:
         """Triton's version."""
         import triton
 
         return f"triton {triton.__version__}"
-
-    @property
-    def autograd(self) -> bool:
-        """Where torch.compile traces, forward is an operator of torch that brings its derivative; in an eager call
-        attention() adds it, which costs less than torch's dispatcher."""
-        return torch.compiler.is_compiling()
 
     def __init__(self) -> None:
         self.pins: dict = {}
@@ -63,7 +62,8 @@ class TritonFA2(Backend):
         """This backend with some kernels fixed to a configuration, until unpinned by pin(): pin(fwd="64x128 w4 s2 tma").
 
         Kernels: fwd, dkdv, dk, dv, dq. Raises ValueError for another name or a configuration that is none. What the
-        compiler cannot build is raised by the call that needs it. torch.compile takes FLASH2_TRITON_PIN alone.
+        compiler cannot build is raised by the call that needs it. A graph of torch.compile runs with the pins that
+        get_backend("triton") has at the time.
         """
         from flash2.backends.triton_fa2 import configs
 
@@ -86,24 +86,11 @@ class TritonFA2(Backend):
 
     def forward(self, q, k, v, spec):
         """(o, lse), one kernel."""
-        if torch.compiler.is_compiling():
-            from flash2.backends.triton_fa2 import ops
-
-            return ops.attend(q, k, v, spec)
         return _launch().attend(q, k, v, spec, self.pins)
 
     def backward(self, do, q, k, v, o, lse, spec):
         """(dq, dk, dv), three kernels, no atomics: bitwise reproducible."""
         return _launch().differentiate(do, q, k, v, o, lse, spec, self.pins)
-
-
-@torch.compiler.assume_constant_result  # nothing here that a compiler could trace
-def _lacking() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install 'flash2-triton[triton]'"
-    if not INTERPRET and not torch.cuda.is_available():
-        return "no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests"
-    return None
 
 
 @functools.cache

@@ -95,8 +95,8 @@ def rows_dense(x: torch.Tensor) -> bool:
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
-    """x where its rows can be read 16 bytes at once, else a copy of it with rows padded for that. Element by element
-    a kernel is several times slower, and its addresses take the registers that its tiles want."""
+    """x where its rows can be read 16 bytes at once, else a copy of it with rows padded for that: element by
+    element, its addresses take the registers that a kernel's tiles want."""
     size = x.element_size()
     steps = [s * size for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
     if rows_dense(x) and x.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps):

@@ -1,4 +1,4 @@
-"""The backend inside torch: its operators, torch.compile, autocast, checkpointing, CUDA graphs of compiled models."""
+"""The backend inside torch: torch.compile, autocast, checkpointing, CUDA graphs of compiled models."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 import flash2
-from flash2.backends.triton_fa2 import launch, ops
-from flash2.core.contract import check_inputs
-from flash2.core.inputs import make_inputs
-from flash2.core.problem import Problem
+from flash2.backends.triton_fa2 import launch
 
 pytestmark = [
     # torch's compiler warns about itself: it instantiates autograd functions, and asks old names of its own.
@@ -79,77 +76,6 @@ class Recorder:
         return make_boxed_func(graph.forward)
 
 
-# ---- the operators
-
-PROBLEMS = {
-    "packed": ({"causal": True, "dtype": "bf16"}, "packed"),
-    "expanded": ({"heads_kv": 1, "heads_q": 2}, "expanded-heads"),
-    "strided": ({"window": (3, None), "dtype": "fp16"}, "strided"),
-    "everything": ({"causal": True, "softcap": 3.0, "alibi": True, "window": (9, 2), "scale": -0.5}, "bshd"),
-}
-
-
-def arguments(name, device):
-    """(arguments of triton_fwd, arguments of triton_bwd) for PROBLEMS[name]."""
-    fields, layout = PROBLEMS[name]
-    problem = Problem(**{"batch": 2, "heads_q": 2, "seq_q": 3, "seq_kv": 5, "head_dim": 4, **fields})
-    inputs = make_inputs(problem, layout=layout, upstream="sum", device=device)
-    q, k, v = inputs.q, inputs.k, inputs.v
-    _, spec = check_inputs(
-        q, k, v, causal=problem.causal, scale=problem.scale, window=problem.window, softcap=problem.softcap,
-        alibi_slopes=inputs.alibi_slopes,
-    )  # fmt: skip
-    left, right = spec.window or (None, None)
-    options = (spec.alibi_slopes, spec.scale, spec.precision, spec.causal, left, right, spec.softcap)
-    o, lse = launch.attend(q, k, v, spec)
-    assert ops.to_spec(*options).band == spec.band
-    return (q, k, v, *options), (inputs.do, q, k, v, o, lse, *options)
-
-
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_operators_pass_opcheck(device, name):
-    """Schema, fake tensors with the strides of the real ones, autograd, and what AOTAutograd makes of it."""
-    forward, backward = arguments(name, device)
-    leaves = tuple(x.detach().requires_grad_() if n < 3 else x for n, x in enumerate(forward))
-    torch.library.opcheck(torch.ops.flash2.triton_fwd.default, leaves)
-    torch.library.opcheck(torch.ops.flash2.triton_bwd.default, backward)
-
-
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_operators_are_the_launcher(device, name):
-    """Bit for bit, forward and through the operator's own autograd."""
-    (q, k, v, *options), (do, *_, o, lse) = arguments(name, device)[0], arguments(name, device)[1][:6]
-    want = launch.differentiate(do, q, k, v, o, lse, ops.to_spec(*options))
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    got_o, got_lse = torch.ops.flash2.triton_fwd(*leaves, *options)
-    assert not got_lse.requires_grad
-    got = (got_o.detach(), got_lse, *torch.autograd.grad(got_o, leaves, do))
-    for x, y in zip(got, (o, lse, *want), strict=True):
-        assert torch.equal(x, y)
-
-
-def test_operators_save_the_least(device):
-    """Nothing under no_grad; q, k, v, o and lse, each once, for a backward."""
-    (q, k, v, *options), _ = arguments("packed", device)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        with torch.no_grad():
-            torch.ops.flash2.triton_fwd(q.requires_grad_(), k, v, *options)
-        assert not saved
-        torch.ops.flash2.triton_fwd(q, k, v, *options)
-    assert [x.shape for x in saved] == [q.shape, k.shape, v.shape, q.shape, q.shape[:3]]
-
-
-def test_operators_have_no_second_derivative(device):
-    """Refused with an error, not dropped; the contract suite asks the same of attention()."""
-    (q, k, v, *options), (do, *_) = arguments("packed", device)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    o, _ = torch.ops.flash2.triton_fwd(*leaves, *options)
-    gradients = torch.autograd.grad(o, leaves, do, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(gradients[0].sum(), leaves)
-
-
 # ---- torch.compile
 
 
@@ -160,8 +86,8 @@ def test_compiled_whole(device, options):
     compiled = torch.compile(block, fullgraph=True, backend=recorder.backend)
     assert_same(step(compiled, block, stretch(device)), step(block, block, stretch(device)))
     forward, backward = recorder.graphs
-    assert forward.count("flash2.triton_fwd.default") == backward.count("flash2.triton_bwd.default") == 1
-    assert not [name for name in (*forward, *backward) if "softmax" in name or "attention" in name]
+    assert forward.count("flash2.attention.default") == backward.count("flash2.attention_backward.default") == 1
+    assert not [name for name in (*forward, *backward) if "softmax" in name or "bmm" in name or "dot_product" in name]
 
 
 def test_compiled_for_every_length(device):
@@ -190,6 +116,26 @@ def test_compiled_under_autocast(device):
         got, want = (step(model, block, stretch(device)) for model in (compiled, block))
     assert_same(got, want, rtol=2**-7, atol=2**-7)
     assert all(x.dtype == torch.float32 for x in got[1:])
+
+
+def test_compiled_it_runs_as_pinned(device, monkeypatch):
+    """With the pins that the backend has when the graph runs; the next ones compile nothing."""
+    block, seen, attend, differentiate = Block(device, causal=True), [], launch.attend, launch.differentiate
+    monkeypatch.setattr(launch, "attend", lambda *arguments: seen.append(arguments[-1]) or attend(*arguments))
+    monkeypatch.setattr(
+        launch, "differentiate", lambda *arguments: seen.append(arguments[-1]) or differentiate(*arguments)
+    )
+    backend = flash2.get_backend("triton")
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    step(compiled, block, stretch(device))
+    try:
+        pins = backend.pin(fwd="16x32 w4 s1", dq="32x16 w4 s1").pins
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            step(compiled, block, stretch(device))
+    finally:
+        backend.pin()
+    assert seen == [{}, {}, pins, pins]
+    assert pins
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch._dynamo")  # that it met an exception
