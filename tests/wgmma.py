@@ -44,7 +44,8 @@ NOTHING: Group = (frozenset(), frozenset())
 
 
 def races(listing: str) -> list[str]:
-    """Each instruction of a cubin's SASS that touches what a product in flight uses, in words.
+    """Each instruction of a cubin's SASS that touches what a product in flight uses, in words, and each product that no
+    way leads to.
 
     Every way through every function is followed, around loops too, until nothing new can be pending.
     """
@@ -56,7 +57,8 @@ def races(listing: str) -> list[str]:
 
 def _races(code: list[Instruction]) -> list[str]:
     place = {instruction.address: n for n, instruction in enumerate(code)}
-    found: dict[int, str] = {}
+    found = {now.address: f"{now.address:#06x} {now.opcode} was not reached" for now in code if now.accumulator}
+    reached: set[int] = set()
     seen: set[tuple[int, tuple[Group, ...]]] = set()
     # The groups in flight, the oldest first; the last is the one that is not committed yet.
     todo: list[tuple[int, tuple[Group, ...]]] = [(0, (NOTHING,))]
@@ -64,6 +66,9 @@ def _races(code: list[Instruction]) -> list[str]:
         n, groups = todo.pop()
         while n < len(code):
             now = code[n]
+            if now.accumulator and n not in reached:
+                reached.add(n)
+                del found[now.address]
             if now.leaves is not None:
                 groups = (*groups[max(len(groups) - 1 - now.leaves, 0) : -1], groups[-1])
             if what := clash(now, groups):
