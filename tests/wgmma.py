@@ -38,6 +38,11 @@ class Instruction:
     commits: bool = False
     leaves: int | None = None
 
+    @property
+    def leaps(self) -> bool:
+        """Does, or if guarded may, the next instruction not follow?"""
+        return self.target is not None or self.opcode in ("EXIT", "BRX")
+
 
 Group = tuple[frozenset[int], frozenset[int]]  # the registers that a group of products reads, and accumulates in
 NOTHING: Group = (frozenset(), frozenset())
@@ -56,7 +61,9 @@ def races(listing: str) -> list[str]:
 
 
 def _races(code: list[Instruction]) -> list[str]:
-    place = {instruction.address: n for n, instruction in enumerate(code)}
+    place = {now.address: n for n, now in enumerate(code)}
+    # Where an indirect branch may lead: the listing does not say.
+    anywhere = [n for n, before in enumerate(code, 1) if before.leaps and not before.guarded]
     found = {now.address: f"{now.address:#06x} {now.opcode} was not reached" for now in code if now.accumulator}
     reached: set[int] = set()
     seen: set[tuple[int, tuple[Group, ...]]] = set()
@@ -81,10 +88,11 @@ def _races(code: list[Instruction]) -> list[str]:
                     if len(groups) > MOST_GROUPS:
                         oldest = groups[0][0] | groups[1][0], groups[0][1] | groups[1][1]
                         groups = (oldest, *groups[2:])
-            if now.target is not None or now.opcode == "EXIT":
-                if now.target in place and (entry := (place[now.target], groups)) not in seen:
-                    seen.add(entry)
-                    todo.append(entry)
+            if now.leaps:
+                known = [place[now.target]] if now.target in place else []
+                entries = {(to, groups) for to in (anywhere if now.opcode == "BRX" else known)}
+                todo += entries - seen
+                seen |= entries
                 if not now.guarded:
                     break
             n += 1

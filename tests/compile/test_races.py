@@ -154,10 +154,12 @@ CHANGES = {
         EARLY_RACES[1:],
     ),
     "products that no branch leads to": (
-        lambda s: s.replace("WARPGROUP.ARRIVE ;", "BRX R2 -0x2ee0 ;", 1).replace("BRX", "BRA 0x4050 ;\n/*2ef8*/  BRX"),
+        lambda s: s.replace("WARPGROUP.ARRIVE", "BRA 0x4050", 1),
         ["0x2fa0 HGMMA.64x64x16.F32.BF16 was not reached", "0x3330 HGMMA.64x64x16.F32.BF16 was not reached",
          *(f"0x{n} HGMMA.64x256x16.F32.BF16 was not reached" for n in ("3c40", "3df0", "3e20", "3e40"))],
     ),
+    "products that an indirect branch leads to": (
+        lambda s: "/*2ad0*/ BRX R2 -0x2ae0 ;\n" + s.replace("WARPGROUP.ARRIVE", "BRA 0x4050", 1), EARLY_RACES[:2]),
     "products that read p from shared memory": (lambda s: re.sub(r"R24, R\d+, gdesc", "R24, gdesc[UR60], gdesc", s), []),
 }  # fmt: skip
 
