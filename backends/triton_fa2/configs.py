@@ -159,7 +159,7 @@ TABLES = {
         fwd   tf32x3      64 masked   128x64 w8 s3 tma
         dkdv  tf32x3      64 full     32x128 w8 s3
         dkdv  tf32x3      64 masked   32x128 w8 s2 one_loop
-        dkdv  tf32x3      64 dressed  32x32 w4 s1 one_loop
+        dkdv  tf32x3      64 dressed  16x128 w8 s2 one_loop
         dq    tf32x3      64 full     128x32 w8 s3 tma one_loop
         dq    tf32x3      64 masked   128x64 w8 s2 one_loop
         fwd   ieee        64 full     64x64 w4 s2 one_loop
