@@ -33,11 +33,12 @@ _TIGHT = TableFormat(
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column: its head, the text of a cell, and whether a narrow terminal may do without it."""
+    """A column: its head, the text of a cell, whether a narrow terminal may do without it, and then says so."""
 
     head: str
     text: Callable[[Result], str]
     optional: bool = False
+    missed: bool = True
 
 
 def _milliseconds(value: float | None) -> str:
@@ -74,7 +75,7 @@ COLUMNS = (
     Column("max rms error", _error, optional=True),
     Column("MiB", lambda r: "" if r.peak_bytes is None else f"{r.peak_bytes / 2**20:.0f}", optional=True),
     Column("graph ms", lambda r: _milliseconds(r.graph_ms), optional=True),
-    Column("first call s", lambda r: "" if r.build_ms is None else f"{r.build_ms / 1e3:.2g}", optional=True),
+    Column("first call s", lambda r: f"{r.build_ms / 1e3:.2g}" if r.build_ms else "", optional=True, missed=False),
 )
 
 
@@ -86,7 +87,7 @@ def heading(result: Result) -> str:
 def block(results: Sequence[Result], width: int) -> str:
     """The rows of one problem for a terminal of `width` columns: heading, table, and why rows are not ok.
 
-    Columns that do not fit are left out, those that a reader needs least first, and named."""
+    Columns that do not fit are left out, those that a reader needs least first; those that would be missed are named."""
     columns = [c for c in COLUMNS if any(c.text(r) for r in results)]
     hidden: list[str] = []
     table = _table(columns, results)
@@ -95,7 +96,7 @@ def block(results: Sequence[Result], width: int) -> str:
             break
         if column.optional and column in columns:
             columns.remove(column)
-            hidden.insert(0, column.head)
+            hidden[:0] = [column.head] if column.missed else []
             table = _table(columns, results)
     base = next((r.speedup.baseline for r in results if r.speedup), None)
     head = heading(results[0]) + (f"   (speed-up: against {base})" if base else "")

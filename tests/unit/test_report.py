@@ -1,10 +1,11 @@
 """Tables are made of results files: what stands beside what, and what a marker in a document becomes."""
 
+import dataclasses
 import json
 
 from flash2.core.compare import Quantiles
 from flash2.core.problem import Problem
-from flash2.core.report import fill_tables, pivots
+from flash2.core.report import block, fill_tables, pivots
 from flash2.core.results import Result
 
 
@@ -43,3 +44,14 @@ def test_a_marker_is_filled_from_the_file_beside_the_document(tmp_path):
     filled = fill_tables(tmp_path / "d.md")
     assert filled.startswith("a\n<!-- table: r.jsonl -->\n") and filled.endswith("<!-- /table -->\nb\n")
     assert "old" not in filled and cells(filled)[1] == ["naive", "tf32", "7"]
+
+
+def test_a_narrow_terminal_names_the_columns_that_it_has_no_room_for():
+    """But not the first call's seconds, which are there where there is room."""
+    measured = [result("naive", "tf32", 512)]
+    wide = dataclasses.replace(measured[0], build_ms=1500.0, peak_bytes=1 << 20)
+    assert "first call s" in block([wide], 200) and "1.5" in block([wide], 200)
+    assert "no room" not in block([wide], 200)
+    narrow = block([wide], 42)
+    assert "no room for: MiB;" in narrow and "first call" not in narrow
+    assert max(map(len, narrow.splitlines())) <= 42
