@@ -37,7 +37,7 @@ docs-check: $(READY)
 gluon-versions: $(TRITONS:%=gluon-triton-%)
 
 gluon-triton-%: .venv-triton-%/.ready
-	TRITON_CACHE_DIR=.venv-triton-$*/cache .venv-triton-$*/bin/python -m pytest -q tests/compile/test_gluon_versions.py --every-kernel
+	TRITON_CACHE_DIR=.venv-triton-$*/cache .venv-triton-$*/bin/python -m pytest -q -n auto tests/compile/test_gluon_versions.py --every-kernel
 
 .venv-triton-%/.ready: $(READY)
 	$(BIN)/python -m venv --clear --without-pip .venv-triton-$*

@@ -1,13 +1,11 @@
 """Every CUDA kernel of the cupy backend compiled to SASS for every architecture: no spills, the instructions meant.
 
-A choice of them by default; `pytest tests/compile --every-kernel` has all, about half an hour on two cores.
+A choice of them by default; `pytest -n auto tests/compile --every-kernel` has all, about half an hour on two cores.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cuda_builds import NAMES, NVCC, build, complaints
@@ -87,19 +85,10 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("cell", cells)
 
 
-@pytest.fixture(scope="module")
-def compiling(request):
-    """cell -> future of its Build: all that were selected, compiled side by side from the start."""
-    items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
-    cells = [item.callspec.params["cell"] for item in items if "cell" in getattr(item, "fixturenames", ())]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {cell: pool.submit(build, kernel_of(*cell), cell[0]) for cell in cells}
-        pool.shutdown(cancel_futures=True)
-
-
-def test_shipped(compiling, cell):
+def test_shipped(cell):
     arch, precision, *_ = cell
-    assert not complaints(compiling[cell].result(), kernel_of(*cell), precision, arch)
+    kernel = kernel_of(*cell)
+    assert not complaints(build(kernel, arch), kernel, precision, arch)
 
 
 # ---- the check itself

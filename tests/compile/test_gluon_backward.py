@@ -1,13 +1,10 @@
 """The Gluon backward compiled to SASS for sm_90: no spills, wgmma and TMA where they are meant, shared memory that fits.
 
-A choice of the features by default; `pytest tests/compile --every-kernel` has all.
+A choice of the features by default; `pytest -n auto tests/compile --every-kernel` has all.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 
 import pytest
@@ -80,28 +77,11 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("cell", [pytest.param(MATRIX[name], id=name) for name in names])
 
 
-@pytest.fixture(scope="module")
-def compiling(request):
-    """cell -> {kernel: future of its Build}: all that were selected, compiled side by side from the start."""
-    cells = {
-        item.callspec.params["cell"]: None
-        for item in request.session.items
-        if item.module is request.module and "cell" in getattr(item, "fixturenames", ())
-    }
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        yield {
-            cell: {kernel: pool.submit(compiled, cell, kernel) for kernel in ("statistics", "kv", "q")}
-            for cell in cells
-        }
-        pool.shutdown(cancel_futures=True)
-
-
-def test_shipped(compiling, cell):
+def test_shipped(cell):
     found = [
         f"{kernel}: {what}"
-        for kernel, future in compiling[cell].items()
-        for what in complaints(future.result(), kernel)
+        for kernel in ("statistics", "kv", "q")
+        for what in complaints(compiled(cell, kernel), kernel)
     ]
     assert not found, "\n".join(found)
 

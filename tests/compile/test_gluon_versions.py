@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 
 import pytest
@@ -69,21 +66,8 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("cell", list(CELLS) if metafunc.config.getoption("every_kernel") else CHOICE)
 
 
-@pytest.fixture(scope="module")
-def building(request):
-    """name -> future of its Build, all begun at once."""
-    chosen = [
-        item.callspec.params["cell"]
-        for item in request.session.items
-        if item.module is request.module and "cell" in getattr(item, "fixturenames", ())
-    ]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield {name: pool.submit(built, name) for name in chosen}
-        pool.shutdown(cancel_futures=True)
-
-
-def test_it_builds_without_spills(building, cell):
-    build = building[cell].result()
+def test_it_builds_without_spills(cell):
+    build = built(cell)
     assert isinstance(build, Build), build
     version = ".".join(triton.__version__.split(".")[:2])
     assert build.spills <= SPILLING.get(version, {}).get(cell, 0), (

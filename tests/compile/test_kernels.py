@@ -1,13 +1,9 @@
 """Every shipped kernel compiled to SASS for every architecture: no spills, and the instructions that are meant.
 
-A choice of them by default; `pytest tests/compile --every-kernel` has all, about an hour on two cores.
+A choice of them by default; `pytest -n auto tests/compile --every-kernel` has all, about an hour on two cores.
 """
 
 from __future__ import annotations
-
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -68,32 +64,16 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("cell", cells)
 
 
-@pytest.fixture(scope="module")
-def compiling(request):
-    """cell -> {kernel: future of its Build}: all that were selected, compiled side by side from the start."""
-    cells = {
-        item.callspec.params["cell"] for item in request.session.items if "cell" in getattr(item, "fixturenames", ())
-    }
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        futures = {}
-        for cell in sorted(cells, key=list(MATRIX.values()).index):
-            arch, *how = cell
-            problem = problem_of(*how)
-            pins = {kernel: config for kernel, (config, _) in shipped(problem, arch).items()}
-            kernels = offline.planned(problem, pins)
-            futures[cell] = {kernel: pool.submit(compiled, problem, kernel, pins, arch) for kernel in kernels}
-        yield futures
-        pool.shutdown(cancel_futures=True)
-
-
-def test_shipped(compiling, cell):
+def test_shipped(cell):
     arch, precision, *_ = cell
-    configurations = shipped(problem_of(*cell[1:]), arch)
+    problem = problem_of(*cell[1:])
+    configurations = shipped(problem, arch)
+    pins = {kernel: config for kernel, (config, _) in configurations.items()}
     found = []
-    for kernel, future in compiling[cell].items():
+    for kernel in offline.planned(problem, pins):
         config, from_table = configurations.get(kernel, ("", False))
-        wrong = complaints(future.result(), arch, None if kernel == "statistics" else precision, meant=from_table)
+        build = compiled(problem, kernel, pins, arch)
+        wrong = complaints(build, arch, None if kernel == "statistics" else precision, meant=from_table)
         found += [f"{kernel} ({config}): {what}" for what in wrong]
     assert not found, "\n".join(found)
 

@@ -1,14 +1,11 @@
 """No kernel for sm_90 touches what a product in flight uses, whichever Triton compiled it.
 
-A choice of them by default; `pytest tests/compile --every-kernel` has all.
+A choice of them by default; `pytest -n auto tests/compile --every-kernel` has all.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import re
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -59,28 +56,11 @@ def checked(problem, kernel, pins) -> tuple[int, list[str]] | str:
     return build if isinstance(build, str) else (build.instructions["HGMMA"], wgmma.races(build.listing))
 
 
-@pytest.fixture(scope="module")
-def checking(request):
-    """name -> [(kernel and configuration, is it of the table?, future of checked())], side by side from the start."""
-    names = {
-        item.callspec.params["name"]
-        for item in request.session.items
-        if "checking" in getattr(item, "fixturenames", ())
-    }
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        yield {
-            name: [(f"{job[1]} ({job[2][job[1]]})", row, pool.submit(checked, *job)) for job, row in kernels_of(name)]
-            for name in MATRIX
-            if name in names
-        }
-        pool.shutdown(cancel_futures=True)
-
-
-def test_no_race(checking, name):
+def test_no_race(name):
     wrong = []
-    for what, of_the_table, future in checking[name]:
-        found = future.result()
+    for job, of_the_table in kernels_of(name):
+        _, kernel, pins = job
+        what, found = f"{kernel} ({pins[kernel]})", checked(*job)
         assert not isinstance(found, str), f"{what}: {found}"
         products, races = found
         if of_the_table and not products:

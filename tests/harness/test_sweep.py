@@ -50,8 +50,8 @@ def test_a_fault_is_a_row_and_the_others_are_measured(sweep, name, status, says)
 
 @pytest.mark.parametrize("name", ["Hangs", "HangsWhenTimed"])
 def test_a_hang_is_a_timeout(sweep, name):
-    faulty, after = run(sweep, name, "naive", timeout=12)  # a new worker must start within it, too
-    assert faulty.status == "timeout" and "12 s" in faulty.reason
+    faulty, after = run(sweep, name, "naive", timeout=8)  # a new worker must start within it, too
+    assert faulty.status == "timeout" and "8 s" in faulty.reason
     assert after.status == "ok"
 
 
