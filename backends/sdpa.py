@@ -33,6 +33,7 @@ CPU = Capability(
 
 
 GRID_LIMIT = 65535  # of the second and third axis of a CUDA grid
+INDEX_LIMIT = 2**31 - 1  # of a signed 32-bit offset
 
 
 class Sdpa(Backend):
@@ -231,6 +232,10 @@ def _known_faults(problem: Problem, kernel: SDPBackend | None) -> list[str]:
     pairs = problem.batch * problem.heads_q
     if pairs > GRID_LIMIT and kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         reasons.append(f"batch * heads {pairs}: the kernel puts them on a grid axis that holds {GRID_LIMIT}")
+    rows = problem.batch * max(problem.heads_q * problem.seq_q, problem.heads_kv * problem.seq_kv)
+    cudnn_may_run = kernel in _CUDNN_MAY_RUN and problem.dtype in HALF
+    if cudnn_may_run and problem.pass_ != "fwd" and rows * problem.head_dim > INDEX_LIMIT:
+        reasons.append(f"backward of {rows * problem.head_dim} elements: cuDNN's gradients past 2^31 are wrong")
     return reasons
 
 

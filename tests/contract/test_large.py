@@ -29,12 +29,15 @@ def give_back():
 
 
 def outputs(case: Case, problem, q, k, v, do) -> list[torch.Tensor]:
-    """o and, where there is a backward, dq, dk, dv."""
-    if problem.pass_ == "fwd":
-        return [case.attention(q, k, v, problem)]
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    o = case.attention(q, k, v, problem)
-    return [o.detach(), *torch.autograd.grad(o, (q, k, v), do)]
+    """o and, where there is a backward, dq, dk, dv. Skips where the backend's own workspace does not fit."""
+    try:
+        if problem.pass_ == "fwd":
+            return [case.attention(q, k, v, problem)]
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        o = case.attention(q, k, v, problem)
+        return [o.detach(), *torch.autograd.grad(o, (q, k, v), do)]
+    except torch.OutOfMemoryError as full:
+        pytest.skip(f"{case.backend.name} needs more memory than the device has: {full}")
 
 
 def test_more_than_2_31_elements(case: Case):

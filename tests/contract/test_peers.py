@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from flash2 import attention, get_backend
-from flash2.backends.sdpa import boolean_mask, dense, plan
-from flash2.core.problem import visible_band
+from flash2.backends.sdpa import SDPBackend, _known_faults, boolean_mask, dense, plan
+from flash2.core.problem import Problem, visible_band
 
 ends = st.one_of(st.none(), st.integers(0, 12))
 
@@ -70,6 +70,27 @@ def test_a_pin_leaves_the_users_settings_alone():
     x = torch.randn(1, 1, 4, 8)
     attention(x, x, x, backend="sdpa-math")
     assert (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()) == before
+
+
+LARGE = {"batch": 4096, "heads_q": 64, "seq_q": 64, "head_dim": 128}  # 2^31 elements
+
+
+@pytest.mark.parametrize(
+    ("kernel", "fields", "said"),
+    [
+        (None, {"scale": 0.0}, "scale <= 0"),
+        (SDPBackend.FLASH_ATTENTION, {"batch": 40_000, "heads_q": 2}, "batch * heads 80000"),
+        (SDPBackend.CUDNN_ATTENTION, {**LARGE, "pass_": "bwd"}, "backward of 2147483648 elements"),
+        (None, {**LARGE, "heads_q": 1, "seq_q": 1, "seq_kv": 4096, "pass_": "bwd"}, "backward of 2147483648 elements"),
+        (None, {**LARGE, "pass_": "fwd"}, None),
+        (None, {**LARGE, "batch": 4095, "pass_": "bwd"}, None),
+        (SDPBackend.MATH, {**LARGE, "pass_": "bwd", "scale": -1.0}, None),
+    ],
+    ids=str,
+)
+def test_what_torchs_kernels_get_wrong_is_refused(kernel, fields, said):
+    reasons = _known_faults(Problem(**{"seq_q": 64, "head_dim": 64, "dtype": "bf16", **fields}), kernel)
+    assert [said in reason for reason in reasons] == ([True] if said else [])
 
 
 def test_a_kernel_torch_refuses_at_run_time_is_refused_in_words(monkeypatch):
