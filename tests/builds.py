@@ -22,8 +22,10 @@ REST = {"seq_q": 2047, "seq_kv": 2045}
 FEATURES = {
     "full": {},
     "full-rest": REST,
+    "full-short": {"seq_q": 512},
     "causal": {"causal": True},
     "causal-rest": {"causal": True, **REST},
+    "causal-short": {"causal": True, "seq_q": 512},
     "window": {"causal": True, "window": (512, 0)},
     "softcap": {"softcap": 30.0},
     "alibi": {"causal": True, "alibi": True},

@@ -305,6 +305,7 @@ class Maths:
     def key(self, kernel: str) -> Key:
         """What the table of configurations is asked for."""
         dressed = self.features["LEFT"] or self.features["SOFTCAP"] or self.features["ALIBI"]
+        dressed |= self.pad_d and self.spec_precision == "ieee" and kernel != "fwd"
         return Key(
             kernel=kernel, arch=self.arch, precision=self.spec_precision, block_d=self.block_d,
             work="dressed" if dressed else "masked" if self.features["RIGHT"] else "full",

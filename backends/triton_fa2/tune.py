@@ -650,11 +650,15 @@ def cell_name(kernel: str, problem: Problem) -> str:
     return f"{kernel} {problem.precision} d{problem.head_dim} {'causal' if problem.causal else 'full'}"
 
 
-def present(kernel: str, problem: Problem, arch: int) -> TileConfig | None:
-    """The table's row for a cell, as it is raced: alone, and with the loops that whole tiles need."""
+def present(kernel: str, problem: Problem, arch: int, *, short: bool = False) -> TileConfig | None:
+    """The table's row for a cell, or for its short problems, as it is raced: alone, and with the loops that whole
+    tiles need."""
     work = "masked" if problem.causal else "full"
     block_d = max(16, triton.next_power_of_2(problem.head_dim))
-    now = configs.table(f"sm{arch}").get((kernel, problem.precision, block_d, work))
+    table, where = configs.table(f"sm{arch}"), (kernel, problem.precision, block_d)
+    now = table.get((*where, work))
+    if short:
+        now = table.get((*where, f"{work}/short"), now)
     return None if now is None else now.replace(split=False, one_loop=now.one_loop and problem.causal)
 
 
@@ -690,7 +694,7 @@ def rows(raced: dict[tuple[str, Problem], list[dict]], arch: int) -> list[str]:
                 together, parted = mean[best], sum(next(iter(part.values())) for part in apart)
                 comment += f", apart {parted:.3f} ms"
                 best = best.replace(split=parted < together)
-            now = present(kernel, problem, arch)
+            now = present(kernel, problem, arch, short=short)
             if now in mean:
                 comment += f", {mean[now] / next(iter(mean.values())):.3f}x faster than {now}"
             classes = "bf16,fp16" if problem.precision == "bf16" else problem.precision

@@ -40,6 +40,8 @@ CHOICE = [
     "sm90-bf16-d64-causal-bwd",
     "sm90-bf16-d128-all-bwd",
     "sm90-bf16-d256-full-bwd",
+    "sm90-bf16-d64-causal-short-fwd",
+    "sm90-tf32-d64-full-short-bwd",
     "sm90-bf16x6-d64-causal-bwd",
     "sm90-tf32-d64-full-bwd",
     "sm90-ieee-d64-alibi-bwd",

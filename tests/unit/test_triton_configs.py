@@ -107,7 +107,7 @@ def test_every_fallback_is_of_a_kernel_and_class_there_is():
 def test_a_row_serves_the_smaller_head_dims_but_no_larger_one():
     assert configs.known(KEY) == configs.table("sm90")["fwd", "bf16", 128, "full"]
     small = Key(kernel="fwd", arch="sm90", precision="bf16", block_d=16, work="masked", seq="short")
-    assert configs.known(small) == configs.table("sm90")["fwd", "bf16", 64, "masked"]
+    assert configs.known(small) == configs.table("sm90")["fwd", "bf16", 64, "masked/short"]
     dressed = dataclasses.replace(KEY, kernel="dkdv", work="dressed")
     assert configs.known(dressed) == configs.table("sm90")["dkdv", "bf16", 128, "dressed"]
     plain = dataclasses.replace(KEY, work="dressed")  # has no row of its own
