@@ -18,6 +18,7 @@ from flash2.backends.triton_fa2.tiles import (
     key_range,
     load_rows,
     load_tile,
+    load_turned,
     logits,
     operand,
     split,
@@ -58,14 +59,14 @@ def row_statistics(
 
 @triton.jit(do_not_specialize=["heads_kv", "group", "seq_q", "seq_kv", "rows_padded", "left", "right"])
 def gradients_kv(
-    q, k, v, do, lse2, delta, dk, dv, slopes,
+    q, k, v, do, lse2, delta, dk, dv, slopes, q_turned, do_turned,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     stride_sb, stride_sh,
     heads_kv, group, seq_q, seq_kv, rows_padded, head_dim, left, right, scale, cap, dscale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     UNEVEN: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, PARTS: tl.constexpr, CHUNKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr, CHUNKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dv[j] = sum_i p[i,j] do[i] and dk[j] = sum_i ds[i,j] q[i], BLOCK_N keys of one head, all its query heads.
@@ -119,24 +120,24 @@ def gradients_kv(
             slope = tl.load(slopes + batch * stride_sb + head * stride_sh) * 1.4426950408889634
         if ONE_LOOP or not (LEFT or RIGHT):
             dk_acc, dv_acc = gather_kv(
-                dk_acc, dv_acc, k_tile, v_tile, k_head, v_head, start_n, stride_kn, stride_vn, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
+                dk_acc, dv_acc, k_tile, v_tile, k_head, v_head, start_n, stride_kn, stride_vn, q_head, g_head, q_turned, do_turned, lse2, delta, batch, head, row, rows_padded,
                 lo, hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
-                slope, EDGES if LEFT or RIGHT else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, DK, DV, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
+                slope, EDGES if LEFT or RIGHT else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, CHUNKED, DK, DV, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
         else:
             if RIGHT:
                 dk_acc, dv_acc = gather_kv(
-                    dk_acc, dv_acc, k_tile, v_tile, k_head, v_head, start_n, stride_kn, stride_vn, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
+                    dk_acc, dv_acc, k_tile, v_tile, k_head, v_head, start_n, stride_kn, stride_vn, q_head, g_head, q_turned, do_turned, lse2, delta, batch, head, row, rows_padded,
                     lo, full_lo, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
-                    slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, DK, DV, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
+                    slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, CHUNKED, DK, DV, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
             dk_acc, dv_acc = gather_kv(
-                dk_acc, dv_acc, k_tile, v_tile, k_head, v_head, start_n, stride_kn, stride_vn, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
+                dk_acc, dv_acc, k_tile, v_tile, k_head, v_head, start_n, stride_kn, stride_vn, q_head, g_head, q_turned, do_turned, lse2, delta, batch, head, row, rows_padded,
                 full_lo, full_hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
-                slope, NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, DK, DV, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
+                slope, NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, CHUNKED, DK, DV, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
             if LEFT:
                 dk_acc, dv_acc = gather_kv(
-                    dk_acc, dv_acc, k_tile, v_tile, k_head, v_head, start_n, stride_kn, stride_vn, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
+                    dk_acc, dv_acc, k_tile, v_tile, k_head, v_head, start_n, stride_kn, stride_vn, q_head, g_head, q_turned, do_turned, lse2, delta, batch, head, row, rows_padded,
                     full_hi, hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap,
-                    slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, DK, DV, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
+                    slope, ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, CHUNKED, DK, DV, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
 
     dk_head = head_of(dk, batch, head_kv, stride_dkb, stride_dkh, False)
     dv_head = head_of(dv, batch, head_kv, stride_dvb, stride_dvh, False)
@@ -148,11 +149,11 @@ def gradients_kv(
 
 @triton.jit
 def gather_kv(
-    dk_acc, dv_acc, k_tile, v_tile, k_head, v_head, start_n, stride_kn, stride_vn, q_head, g_head, lse2, delta, batch, head, row, rows_padded,
+    dk_acc, dv_acc, k_tile, v_tile, k_head, v_head, start_n, stride_kn, stride_vn, q_head, g_head, q_turned, do_turned, lse2, delta, batch, head, row, rows_padded,
     lo, hi, full_lo, full_hi, j, offset, seq_q, seq_kv, head_dim, stride_qm, stride_gm, left, right, scale, cap, slope,
     MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     UNEVEN: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    PARTS: tl.constexpr, CHUNKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, TURNED: tl.constexpr, CHUNKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What query rows [lo, hi) add to dk (without the scale) and dv, on transposed tiles; those inside
     [full_lo, full_hi) need no mask."""
@@ -173,10 +174,11 @@ def gather_kv(
             if (start_m < full_lo) | (start_m >= full_hi):
                 p = tl.where(visible(i[None, :], j[:, None], seq_kv, left, right, LEFT, RIGHT, False), p, 0.0)
         if DV:  # before do is waited for, where it may run beside the exponentials
-            weights = operand(p, k_tile, PARTS)
+            weights = operand(p, k_tile, PARTS, TURNED)
         g_tile = load_tile(g_head, batch, head, start_m, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, UNEVEN, TMA, WIDE, PARTS)  # fmt: skip
         if DV:
-            dv_acc = dot(weights, g_tile, dv_acc, PRECISION, PARTS)  # [BLOCK_N, BLOCK_D]
+            g_rows = load_turned(do_turned, batch, head, start_m, BLOCK_M, BLOCK_D) if TURNED else g_tile
+            dv_acc = dot(weights, g_rows, dv_acc, PRECISION, PARTS)  # [BLOCK_N, BLOCK_D]
         if DK:
             delta_row = load_rows(delta, row, start_m, rows_padded, BLOCK_M, TMA)
             if CHUNKED:
@@ -186,19 +188,21 @@ def gather_kv(
             ds = p * (dp - delta_row[None, :])
             if SOFTCAP:
                 ds = ds * (1.0 - t * t)
-            dk_acc = dot(operand(ds, q_tile, PARTS), q_tile, dk_acc, PRECISION, PARTS)  # [BLOCK_N, BLOCK_D]
+            ds = operand(ds, k_tile, PARTS, TURNED)
+            q_rows = load_turned(q_turned, batch, head, start_m, BLOCK_M, BLOCK_D) if TURNED else q_tile
+            dk_acc = dot(ds, q_rows, dk_acc, PRECISION, PARTS)  # [BLOCK_N, BLOCK_D]
     return dk_acc, dv_acc
 
 
 @triton.jit(do_not_specialize=["heads", "group", "seq_q", "seq_kv", "rows_padded", "left", "right"])
 def gradients_q(
-    q, k, v, do, lse2, delta, dq, slopes,
+    q, k, v, do, lse2, delta, dq, slopes, k_turned,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_dqb, stride_dqh, stride_dqm, stride_sb, stride_sh,
     heads, group, seq_q, seq_kv, rows_padded, head_dim, left, right, scale, cap, dscale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, TAIL: tl.constexpr,
     UNEVEN: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, PARTS: tl.constexpr, CHUNKED: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr, CHUNKED: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq[i] = sum_j ds[i,j] k[j], BLOCK_M rows of one head."""
@@ -231,35 +235,35 @@ def gradients_q(
     EDGE: tl.constexpr = LEFT or RIGHT or TAIL
     if ONE_LOOP or not EDGE:
         dq_acc = gather_q(
-            dq_acc, q_tile, g_tile, q_head, g_head, start_m, seq_q, stride_qm, stride_gm, lse_row, delta_row, k_head, v_head, batch, head // group, lo, hi,
+            dq_acc, q_tile, g_tile, q_head, g_head, start_m, seq_q, stride_qm, stride_gm, lse_row, delta_row, k_head, v_head, k_turned, batch, head // group, lo, hi,
             full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
-            EDGES if EDGE else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
+            EDGES if EDGE else NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, CHUNKED, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
     else:
         if LEFT:
             dq_acc = gather_q(
-                dq_acc, q_tile, g_tile, q_head, g_head, start_m, seq_q, stride_qm, stride_gm, lse_row, delta_row, k_head, v_head, batch, head // group, lo, full_lo,
+                dq_acc, q_tile, g_tile, q_head, g_head, start_m, seq_q, stride_qm, stride_gm, lse_row, delta_row, k_head, v_head, k_turned, batch, head // group, lo, full_lo,
                 full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
-                ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
+                ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, CHUNKED, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
         dq_acc = gather_q(
-            dq_acc, q_tile, g_tile, q_head, g_head, start_m, seq_q, stride_qm, stride_gm, lse_row, delta_row, k_head, v_head, batch, head // group, full_lo, full_hi,
+            dq_acc, q_tile, g_tile, q_head, g_head, start_m, seq_q, stride_qm, stride_gm, lse_row, delta_row, k_head, v_head, k_turned, batch, head // group, full_lo, full_hi,
             full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
-            NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
+            NONE, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, CHUNKED, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
         if RIGHT or TAIL:
             dq_acc = gather_q(
-                dq_acc, q_tile, g_tile, q_head, g_head, start_m, seq_q, stride_qm, stride_gm, lse_row, delta_row, k_head, v_head, batch, head // group, full_hi, hi,
+                dq_acc, q_tile, g_tile, q_head, g_head, start_m, seq_q, stride_qm, stride_gm, lse_row, delta_row, k_head, v_head, k_turned, batch, head // group, full_hi, hi,
                 full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
-                ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, CHUNKED, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
+                ALL, LEFT, RIGHT, SOFTCAP, ALIBI, UNEVEN, TAIL, PAD_D, WIDE, PRECISION, TMA, PARTS, TURNED, CHUNKED, STAGES, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
     dq_head = head_of(dq, batch, head, stride_dqb, stride_dqh, False)
     store_tile(dq_head, dq_acc * dscale, start_m, seq_q, stride_dqm, head_dim, BLOCK_M, BLOCK_D, PAD_D, WIDE)
 
 
 @triton.jit
 def gather_q(
-    dq_acc, q_tile, g_tile, q_head, g_head, start_m, seq_q, stride_qm, stride_gm, lse_row, delta_row, k_head, v_head, batch, head_kv, lo, hi,
+    dq_acc, q_tile, g_tile, q_head, g_head, start_m, seq_q, stride_qm, stride_gm, lse_row, delta_row, k_head, v_head, k_turned, batch, head_kv, lo, hi,
     full_lo, full_hi, i, seq_kv, head_dim, stride_kn, stride_vn, left, right, scale, cap, slope,
     MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     UNEVEN: tl.constexpr, TAIL: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, PARTS: tl.constexpr, CHUNKED: tl.constexpr,
+    TMA: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr, CHUNKED: tl.constexpr,
     STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What keys [lo, hi) add to dq (without the scale); those inside [full_lo, full_hi) need no mask."""
@@ -285,5 +289,7 @@ def gather_q(
         elif MASK == EDGES:
             if (start_n < full_lo) | (start_n >= full_hi):
                 ds = tl.where(visible(i[:, None], j[None, :], seq_kv, left, right, LEFT, RIGHT, TAIL), ds, 0.0)
-        dq_acc = dot(operand(ds, k_tile, PARTS), k_tile, dq_acc, PRECISION, PARTS)  # [BLOCK_M, BLOCK_D]
+        ds = operand(ds, q_tile, PARTS, TURNED)
+        k_rows = load_turned(k_turned, batch, head_kv, start_n, BLOCK_N, BLOCK_D) if TURNED else k_tile
+        dq_acc = dot(ds, k_rows, dq_acc, PRECISION, PARTS)  # [BLOCK_M, BLOCK_D]
     return dq_acc

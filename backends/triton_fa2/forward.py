@@ -12,7 +12,7 @@ from flash2.backends.triton_fa2.tiles import (
     head_of,
     key_range,
     load_tile,
-    load_v,
+    load_turned,
     logits,
     operand,
     split,
@@ -124,14 +124,20 @@ def attend(
                 p, alpha, l_i, m_i = online_softmax(s, l_i, m_i, start_n, full_lo, full_hi, i, seq_kv, left, right, scale, cap, slope, MASK, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE, TAIL, BLOCK_N)  # fmt: skip
                 k_tile = load_tile(k_head, batch, head_kv, start_n + BLOCK_N, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
                 s = dot(q_tile, turn(k_tile, PARTS), None, PRECISION, PARTS)
-                v_tile = load_v(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS, TURNED)  # fmt: skip
+                if TURNED:
+                    v_tile = load_turned(v_head, batch, head_kv, start_n, BLOCK_N, BLOCK_D)
+                else:
+                    v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
                 # Only after acc was waited for: until then the tensor cores may still read the last p from the registers
                 # of its operand, where this one would go.  tests/compile/test_races.py
                 acc = acc * alpha[:, None]
-                acc = dot(operand(p, q_tile, PARTS), v_tile, acc, PRECISION, PARTS)  # [BLOCK_M, BLOCK_D]
+                acc = dot(operand(p, q_tile, PARTS, TURNED), v_tile, acc, PRECISION, PARTS)  # [BLOCK_M, BLOCK_D]
             p, alpha, l_i, m_i = online_softmax(s, l_i, m_i, last, full_lo, full_hi, i, seq_kv, left, right, scale, cap, slope, MASK, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE, TAIL, BLOCK_N)  # fmt: skip
-            v_tile = load_v(v_head, batch, head_kv, last, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS, TURNED)  # fmt: skip
-            acc = dot(operand(p, q_tile, PARTS), v_tile, acc * alpha[:, None], PRECISION, PARTS)
+            if TURNED:
+                v_tile = load_turned(v_head, batch, head_kv, last, BLOCK_N, BLOCK_D)
+            else:
+                v_tile = load_tile(v_head, batch, head_kv, last, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
+            acc = dot(operand(p, q_tile, PARTS, TURNED), v_tile, acc * alpha[:, None], PRECISION, PARTS)
     else:
         for start_n in tl.range(lo, hi, BLOCK_N, num_stages=STAGES, warp_specialize=WS):
             start_n = tl.multiple_of(start_n, BLOCK_N)
@@ -143,8 +149,11 @@ def attend(
             p, alpha, l_i, m_i = online_softmax(s, l_i, m_i, start_n, full_lo, full_hi, i, seq_kv, left, right, scale, cap, slope, MASK, LEFT, RIGHT, SOFTCAP, ALIBI, FOLD, NEGATE, TAIL, BLOCK_N)  # fmt: skip
             # Before v is waited for, where it may run beside the exponentials: the compiler moves nothing over a wait.
             acc = acc * alpha[:, None]
-            p = operand(p, q_tile, PARTS)
-            v_tile = load_v(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS, TURNED)  # fmt: skip
+            p = operand(p, q_tile, PARTS, TURNED)
+            if TURNED:
+                v_tile = load_turned(v_head, batch, head_kv, start_n, BLOCK_N, BLOCK_D)
+            else:
+                v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, LOAD_TAIL, TMA, WIDE, PARTS)  # fmt: skip
             acc = dot(p, v_tile, acc, PRECISION, PARTS)  # [BLOCK_M, BLOCK_D]
     return acc, l_i, m_i
 

@@ -125,7 +125,7 @@ def plan_forward(q, k, v, o, spec: Spec, pins: Pins) -> Launch | Prepared:
     """The forward launch for tensors laid out like these."""
     maths = Maths(q, k, spec)
     config = maths.config("fwd", pins, (q, k, v))
-    parts, turned = maths.parts(config), config.prepared and maths.precision == "tf32"
+    parts, turned = maths.parts(config), maths.turned(config)
     m, n, d = config.block_m, config.block_n, maths.block_d
     seq_kv = k.shape[2]
     scale, negate = maths.scale, maths.scale < 0 and maths.fold
@@ -180,37 +180,44 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, pins: Pins) -> Backwar
     def constants(config: TileConfig) -> dict:
         return dict(
             maths.features, PAD_D=maths.pad_d, WIDE=wide, PRECISION=maths.precision, TMA=config.tma,
-            PARTS=maths.parts(config), CHUNKED=maths.chunked(config), ONE_LOOP=config.one_loop, STAGES=config.num_stages,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=d,
+            PARTS=maths.parts(config), TURNED=maths.turned(config), CHUNKED=maths.chunked(config),
+            ONE_LOOP=config.one_loop, STAGES=config.num_stages, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_D=d,
         )  # fmt: skip
 
     def gradients_kv(name: str, config: TileConfig) -> Launch | Prepared:
-        parts, rows = maths.parts(config), (1, config.block_m)
+        parts, rows, turned = maths.parts(config), (1, config.block_m), maths.turned(config)
         ours, theirs = tile(config.block_n, d), tile(config.block_m, d, parts)
+        more, unturned = (((1, 1, d, config.block_m),) * 2, ()) if turned else ((), (None,) * 2)
         launch = Launch(
             backward.gradients_kv,
             (triton.cdiv(seq_kv, config.block_n) * k.shape[0] * k.shape[1],),
             config,
-            (theirs, ours, ours, theirs, rows, rows, None, None, None),
-            (*strides(q, k, v, do, dk, dv), *maths.slope_strides, k.shape[1], group, seq_q, seq_kv, rows_padded,
-             head_dim, maths.left, maths.right, maths.scale, maths.cap, spec.scale),
+            (theirs, ours, ours, theirs, rows, rows, None, None, None, *more),
+            (*unturned, *strides(q, k, v, do, dk, dv), *maths.slope_strides, k.shape[1], group, seq_q, seq_kv,
+             rows_padded, head_dim, maths.left, maths.right, maths.scale, maths.cap, spec.scale),
             dict(constants(config), UNEVEN=seq_q % config.block_m != 0, DK="dk" in name, DV="dv" in name),
         )  # fmt: skip
+        if turned:
+            return Prepared(launch, {}, {n: TurnHeads(maths) for n in (0, 3)})
         return Prepared(launch, {n: SplitHeads(maths, parts) for n in (0, 3)}) if parts > 1 else launch
 
-    parts, rows = maths.parts(qs), (1, qs.block_m)
+    parts, rows, turned = maths.parts(qs), (1, qs.block_m), maths.turned(qs)
     ours, theirs = tile(qs.block_m, d), tile(qs.block_n, d, parts)
+    more, unturned = (((1, 1, d, qs.block_n),), ()) if turned else ((), (None,))
     gradients_q = Launch(
         backward.gradients_q,
         (triton.cdiv(seq_q, qs.block_m) * q.shape[0] * heads,),
         qs,
-        (ours, theirs, theirs, ours, rows, rows, None, None),
-        (*strides(q, k, v, do, dq), *maths.slope_strides, heads, group, seq_q, seq_kv, rows_padded, head_dim,
-         maths.left, maths.right, maths.scale, maths.cap, spec.scale),
+        (ours, theirs, theirs, ours, rows, rows, None, None, *more),
+        (*unturned, *strides(q, k, v, do, dq), *maths.slope_strides, heads, group, seq_q, seq_kv, rows_padded,
+         head_dim, maths.left, maths.right, maths.scale, maths.cap, spec.scale),
         dict(constants(qs), UNEVEN=seq_kv % qs.block_n != 0, TAIL=maths.tail(qs)),
     )  # fmt: skip
     if parts > 1:
         gradients_q = Prepared(gradients_q, {n: SplitHeads(maths, parts) for n in (1, 2)})
+    elif turned:
+        gradients_q = Prepared(gradients_q, {}, {1: TurnHeads(maths)})
     return BackwardPlan(rows_padded, statistics, {n: gradients_kv(n, c) for n, c in kvs.items()}, gradients_q)
 
 
@@ -298,6 +305,10 @@ class Maths:
         """How many bfloat16 parts the tensors that `config`'s programs share are split into beforehand."""
         return {"bf16x3": 2, "bf16x6": 3}.get(self.precision, 1) if config.prepared else 1
 
+    def turned(self, config: TileConfig) -> bool:
+        """Are operands that a TF32 product sums over rows of transposed beforehand?"""
+        return config.prepared and self.precision == "tf32"
+
     def chunked(self, config: TileConfig) -> bool:
         """Are products over head_dim taken in pieces? IEEE float32 is, where no tensor core multiplies."""
         return self.spec_precision == "ieee" and not config.tma
@@ -371,7 +382,7 @@ class SplitHeads:
 
 
 class TurnHeads:
-    """x (batch, heads, seq, head_dim) -> (batch, heads, head_dim, seq)."""
+    """x (batch, heads, seq, head_dim) -> (batch, heads, head_dim, seq padded to eights), rows as the kernels want them."""
 
     def __init__(self, maths: Maths) -> None:
         self.maths = maths
@@ -379,8 +390,7 @@ class TurnHeads:
     def empty(self, x: torch.Tensor) -> torch.Tensor:
         """Where it goes."""
         batch, heads, seq, head_dim = x.shape
-        padded = -(-seq // 4) * 4  # a descriptor's rows are multiples of 16 bytes
-        return torch.empty((batch, heads, head_dim, padded), dtype=x.dtype, device=x.device)[..., :seq]
+        return torch.empty((batch, heads, head_dim, -(-seq // 8) * 8), dtype=x.dtype, device=x.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out, (batch, heads, seq, head_dim) = self.empty(x), x.shape
@@ -391,16 +401,21 @@ class TurnHeads:
         return out
 
 
+Steps = dict[int, SplitHeads | TurnHeads]
+
+
 class Prepared:
-    """A launch that reads some of its tensors as a kernel before it has rewritten them."""
+    """A launch that reads some of its tensors as a kernel before it has rewritten them (`steps`), or some of them both
+    ways, the rewritten ones after the others (`more`); both by place."""
 
-    __slots__ = ("launch", "steps")
+    __slots__ = ("launch", "more", "steps")
 
-    def __init__(self, launch: Launch, steps: dict[int, SplitHeads | TurnHeads]) -> None:
-        self.launch, self.steps = launch, steps
+    def __init__(self, launch: Launch, steps: Steps, more: Steps | None = None) -> None:
+        self.launch, self.steps, self.more = launch, steps, more or {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
-        self.launch(*(self.steps[n](x) if n in self.steps else x for n, x in enumerate(tensors)))
+        read = (self.steps[n](x) if n in self.steps else x for n, x in enumerate(tensors))
+        self.launch(*read, *(step(tensors[n]) for n, step in self.more.items()))
 
 
 class Launch:

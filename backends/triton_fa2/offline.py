@@ -66,8 +66,9 @@ def resolved(planned_launch: launch.Launch | launch.Prepared, tensors: tuple) ->
     """(launch, tensors) as the launch gets them, with stand-ins for what the kernels before it write."""
     if isinstance(planned_launch, launch.Launch):
         return planned_launch, tensors
-    steps = planned_launch.steps
-    return planned_launch.launch, tuple(steps[n].empty(x) if n in steps else x for n, x in enumerate(tensors))
+    steps, more = planned_launch.steps, planned_launch.more
+    read = (steps[n].empty(x) if n in steps else x for n, x in enumerate(tensors))
+    return planned_launch.launch, (*read, *(step.empty(tensors[n]) for n, step in more.items()))
 
 
 def build(planned_launch: launch.Launch, tensors: tuple, arch: int, *, sass: bool = True) -> Build:

@@ -91,12 +91,27 @@ def split(x, PARTS: tl.constexpr):
 
 
 @triton.jit
-def operand(x, other, PARTS: tl.constexpr):
-    """float32 x as dot() multiplies it with `other`: in the other's dtype, or in as many parts."""
+def operand(x, other, PARTS: tl.constexpr, TURNED: tl.constexpr):
+    """float32 x as dot() multiplies it with `other`: in the other's dtype, in as many parts, or, for one that
+    prepare.turn_heads() wrote, with the columns in the order of its rows."""
     if PARTS > 1:
         return split(x, PARTS)
+    elif TURNED:
+        return evens_first(x)
     else:
         return narrow(x, other.dtype)
+
+
+@triton.jit
+def evens_first(x):
+    """x with the columns of every eight in the order 0 2 4 6 1 3 5 7.
+
+    Thread t of four holds columns 2t and 2t + 1 of what the tensor cores wrote, and has to hand them columns t and t + 4 of
+    a TF32 operand. In this order those are the same numbers; in their own, it takes a shuffle and two selects each.
+    """
+    rows: tl.constexpr = x.shape[0]
+    cols: tl.constexpr = x.shape[1]
+    return x.reshape([rows, cols // 8, 4, 2]).trans(0, 1, 3, 2).reshape([rows, cols])
 
 
 @triton.jit
@@ -150,14 +165,10 @@ def load_tile(x, batch, head, start, seq, stride, head_dim,
 
 
 @triton.jit
-def load_v(v, batch, head, start, seq, stride, head_dim,
-           ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
-           TAIL: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
-    """load_tile(), also from a v that prepare.turn_heads() wrote, (batch, heads, head_dim, seq)."""
-    if TURNED:
-        return tl.trans(v.load([batch, head, 0, start]).reshape([BLOCK_D, ROWS]))
-    else:
-        return load_tile(v, batch, head, start, seq, stride, head_dim, ROWS, BLOCK_D, PAD_D, TAIL, TMA, WIDE, PARTS)
+def load_turned(x, batch, head, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows start.. of a head of x, (batch, heads, head_dim, seq) as prepare.turn_heads() wrote it, [ROWS, BLOCK_D]: those of
+    every eight in the order of evens_first()."""
+    return tl.trans(x.load([batch, head, 0, start]).reshape([BLOCK_D, ROWS]))
 
 
 @triton.jit

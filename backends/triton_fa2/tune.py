@@ -49,7 +49,7 @@ def candidates(kernel: str, problem: Problem, arch: int, *, ws: bool = False) ->
     masked = problem.band != (None, None) or problem.softcap != 0 or problem.alibi
     hopper = arch >= 90 and arch != 120
     parts = {"bf16x3": 2, "bf16x6": 3}.get(problem.precision, 1)
-    turned = kernel == "fwd" and problem.precision == "tf32"
+    turned = problem.precision == "tf32"
     sizes = (32, 64, 128) if wide or block_d > 128 else (64, 128)
     found = []
     for m, n, warps, stages, tma, one_loop, late, prepared in itertools.product(
@@ -67,7 +67,8 @@ def candidates(kernel: str, problem: Problem, arch: int, *, ws: bool = False) ->
         accumulators, tiles, operands = HOLDS[kernel]
         registers = (accumulators * rows * block_d + (tiles + late) * rows * step) / (32 * warps)  # a thread
         element = 2 * parts if prepared and parts > 1 else 4 if wide else 2
-        shared = (operands * rows + 2 * stages * step) * block_d * element
+        tiles_a_step = {"dkdv": 4, "dq": 3}.get(kernel, 2) if prepared and turned else 2
+        shared = (operands * rows + tiles_a_step * stages * step) * block_d * element
         # What the compiler adds to these: up to 60, without descriptors 100; with late the two tiles overlap in part.
         most = 260 if late else 210 if tma or arch < 90 else 150
         if not 12 <= registers <= most or shared > offline.shared_limit(arch) or rows < 32 * warps // 4:

@@ -14,9 +14,11 @@ import torch
 import triton.language as tl
 from judged import Case
 
-from flash2.backends.triton_fa2 import TritonFA2, launch
+from flash2.backends.triton_fa2 import TritonFA2, launch, prepare
 from flash2.backends.triton_fa2.configs import KERNELS, TileConfig
+from flash2.core.contract import spec_of
 from flash2.core.inputs import make_inputs
+from flash2.core.problem import Problem
 
 # (class, problem, how its inputs look), every layout, upstream and distribution somewhere among them.
 PROBLEMS = {
@@ -149,6 +151,29 @@ def test_configurations_agree(device, true_bf16, precision, on, band):
     config = SMALL.replace(**dict.fromkeys(on, True))
     pinned = Case(Pinned(**dict.fromkeys(KERNELS, config)), precision, device)
     pinned.judge(pinned.problem(**{"heads_q": 2, "heads_kv": 2, "head_dim": 16, **BANDS[band]}))
+
+
+@pytest.mark.parametrize("pass_", ["fwd", "fwd+bwd"])
+def test_rows_in_another_order_than_their_weights_are_caught(device, monkeypatch, pass_):
+    if device.type == "cuda":
+        pytest.skip("a compiled kernel takes no patch")
+    monkeypatch.setattr(prepare, "evens_first", lambda x: x)
+    on = SMALL.replace(tma=True, prepared=True)
+    pins = {kernel: on if (kernel == "fwd") == (pass_ == "fwd") else SMALL for kernel in KERNELS}
+    pinned = Case(Pinned(**pins), "tf32", device)
+    with pytest.raises(AssertionError, match="breaks T"):
+        pinned.judge(pinned.problem(heads_q=1, head_dim=16, seq_q=64, pass_=pass_))
+
+
+def test_turned_heads_end_in_zeros(device):
+    """Rows 0 2 4 6 1 3 5 7 of every eight, as columns; those past the last one are 0."""
+    x = torch.randn(2, 3, 77, 5, device=device)
+    q = torch.empty_like(x)
+    turned = launch.TurnHeads(
+        launch.Maths(q, q, spec_of(Problem(heads_q=3, seq_q=77, head_dim=5, dtype="fp32", precision="tf32"), None))
+    )(x)
+    rows = torch.nn.functional.pad(x, (0, 0, 0, 3)).unflatten(2, (10, 4, 2)).transpose(3, 4).flatten(2, 4)
+    assert torch.equal(turned, rows.mT)
 
 
 @pytest.fixture
