@@ -307,7 +307,7 @@ class Maths:
 
     def turned(self, config: TileConfig) -> bool:
         """Are operands that a TF32 product sums over rows of transposed beforehand?"""
-        return config.prepared and self.precision == "tf32"
+        return config.prepared and self.spec_precision == "tf32"
 
     def chunked(self, config: TileConfig) -> bool:
         """Are products over head_dim taken in pieces? IEEE float32 is, where no tensor core multiplies."""
@@ -382,7 +382,7 @@ class SplitHeads:
 
 
 class TurnHeads:
-    """x (batch, heads, seq, head_dim) -> (batch, heads, head_dim, seq padded to eights), rows as the kernels want them."""
+    """x (batch, heads, seq, head_dim) -> (batch, heads, head_dim, padded), as prepare.turn_heads() says."""
 
     def __init__(self, maths: Maths) -> None:
         self.maths = maths

@@ -106,8 +106,8 @@ def operand(x, other, PARTS: tl.constexpr, TURNED: tl.constexpr):
 def evens_first(x):
     """x with the columns of every eight in the order 0 2 4 6 1 3 5 7.
 
-    Thread t of four holds columns 2t and 2t + 1 of what the tensor cores wrote, and has to hand them columns t and t + 4 of
-    a TF32 operand. In this order those are the same numbers; in their own, it takes a shuffle and two selects each.
+    Thread t of four holds columns 2t and 2t + 1 of what the tensor cores wrote, and has to hand them columns t and
+    t + 4 of a TF32 operand. In this order those are the same numbers; in their own, it takes a shuffle and two selects.
     """
     rows: tl.constexpr = x.shape[0]
     cols: tl.constexpr = x.shape[1]
@@ -166,8 +166,8 @@ def load_tile(x, batch, head, start, seq, stride, head_dim,
 
 @triton.jit
 def load_turned(x, batch, head, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows start.. of a head of x, (batch, heads, head_dim, seq) as prepare.turn_heads() wrote it, [ROWS, BLOCK_D]: those of
-    every eight in the order of evens_first()."""
+    """Rows start.. of a head of x, (batch, heads, head_dim, seq) as prepare.turn_heads() wrote it, [ROWS, BLOCK_D]:
+    those of every eight in the order of evens_first()."""
     return tl.trans(x.load([batch, head, 0, start]).reshape([BLOCK_D, ROWS]))
 
 
