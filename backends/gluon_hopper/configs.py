@@ -11,26 +11,23 @@ class ForwardConfig:
     """How the forward kernel is cut, and how its partitions take turns.
 
     groups: consumer partitions of 64 query rows, 2 or 3. block_n: keys a step. kv_slots, q_slots: buffers of the rings
-    of K and V and of Q; q_slots 0 is one that o leaves through too. turns: the groups alternate at the tensor cores.
-    late_sum: a row's sum is gathered from its four threads once, at the end. ordered: the wait for P V stands behind
-    the exponentials, where ptxas cannot move it. q_columns: so many columns of Q (0, half or all of those computed) are
-    a register operand of Q K^T. overlap: a group's softmax runs beside its own P V, not beside the other groups'
-    products alone. lazy: sums are rescaled when a row's maximum has grown by 2^8, not whenever it grows. planned: the
-    order of the row tiles comes from schedule.py. persistent: one block per multiprocessor, not one per row tile.
+    of K and V and of Q; q_slots 0 is one that o leaves through too. q_columns: so many columns of Q (0, half or all of
+    those computed) are a register operand of Q K^T. overlap: a group's softmax runs beside its own P V, not beside the
+    other groups' products alone. ordered: the wait for P V stands behind the exponentials, where ptxas cannot move it.
+    turns: the groups alternate at the tensor cores. blocks: so many on a multiprocessor. staggered: where row tiles
+    differ in length, blocks beside each other begin with different ones.
     """
 
     groups: int = 2
     block_n: int = 128
     kv_slots: int = 2
     q_slots: int = 2
-    turns: bool = True
-    late_sum: bool = True
-    ordered: bool = True
     q_columns: int = 0
     overlap: bool = True
-    lazy: bool = False
-    planned: bool = False
-    persistent: bool = True
+    ordered: bool = True
+    turns: bool = True
+    blocks: int = 1
+    staggered: bool = False
 
     @property
     def block_m(self) -> int:
@@ -39,14 +36,19 @@ class ForwardConfig:
 
     @property
     def registers(self) -> int:
-        """Registers a thread of a consumer gets; the producer keeps 24 (32 beside three consumers)."""
-        return {2: 240, 3: 160}[self.groups]
+        """Registers a thread of a consumer gets; the producer keeps what is left, 24 or 32."""
+        return {(2, 1): 240, (3, 1): 160, (2, 2): 104}[self.groups, self.blocks]
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told beyond the kernel's constants: 384 threads at 80 registers fit in twice."""
+        return {"num_warps": 4} if self.blocks == 1 else {"num_warps": 4, "maxnreg": 80}
 
     def __str__(self) -> str:
-        flags = ("turns", "late_sum", "ordered", "overlap", "lazy", "planned", "persistent")
-        named = "".join(f" {flag}" for flag in flags if getattr(self, flag))
+        named = "".join(f" {flag}" for flag in ("overlap", "ordered", "turns", "staggered") if getattr(self, flag))
         registers = f" q_columns {self.q_columns}" if self.q_columns else ""
-        return f"{self.block_m}x{self.block_n} k{self.kv_slots} q{self.q_slots}{registers}{named}"
+        twice = f" {self.blocks} blocks" if self.blocks > 1 else ""
+        return f"{self.block_m}x{self.block_n} k{self.kv_slots} q{self.q_slots}{registers}{named}{twice}"
 
     def replace(self, **changes: object) -> ForwardConfig:
         """The same configuration with some fields changed."""
@@ -58,18 +60,17 @@ def block_d(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
-def forward(head_dim: int, *, band: bool, dressed: bool, seq: int) -> ForwardConfig:
-    """The configuration for keys of length `seq`. band: a causal mask or a window, so that row tiles differ in length.
-    dressed: softcap or the left edge of a window, which want registers in the main loop."""
+def forward(head_dim: int, *, causal: bool, ragged: bool, seq: int) -> ForwardConfig:
+    """The configuration for keys of length `seq`. causal: there is an edge on the right. ragged: there is another one, a
+    window's on the left, or without a causal one the end of the keys, and masks for it want registers."""
     width = block_d(head_dim)
     if width == 256:
-        config = ForwardConfig(block_n=64, q_slots=0, planned=band)
-        if band and seq >= 8192:
-            config = config.replace(planned=False, persistent=False, ordered=False, late_sum=False)
-        return config
+        return ForwardConfig(block_n=64, q_slots=0, q_columns=128, overlap=False)
+    if seq < 1024:
+        if causal:
+            narrow = ForwardConfig(block_n=64, kv_slots=3)
+            return narrow if width == 64 else narrow.replace(q_slots=1, q_columns=128)
+        return ForwardConfig(overlap=False) if width == 128 else ForwardConfig(overlap=False, q_slots=1, q_columns=64)
     if width == 128:
-        return ForwardConfig(q_slots=1, q_columns=128, planned=True) if band else ForwardConfig()
-    if seq >= (2048 if band else 1024) and not dressed:
-        config = ForwardConfig(groups=3, turns=False, ordered=False, late_sum=band, planned=band)
-        return config.replace(persistent=False) if band and seq >= 16384 else config
-    return ForwardConfig(planned=band)
+        return ForwardConfig(q_slots=1, q_columns=128, ordered=False)
+    return ForwardConfig(overlap=False, q_slots=1, q_columns=64) if ragged else ForwardConfig(groups=3, ordered=False)

@@ -267,12 +267,9 @@ def weights(s, m_i, scales, MATHS: gl.constexpr):
 
 
 @gluon.jit
-def row_sum(p, LATE_SUM: gl.constexpr):
-    """Sum of each row; with LATE_SUM only inside each thread, [64, BN] -> [64, 4], the rest once per row tile."""
-    if LATE_SUM:
-        return gl.sum(gl.sum(p.reshape([64, p.shape[1] // 8, 4, 2]), 3), 1)
-    else:
-        return gl.sum(p, 1)
+def row_sum(p):
+    """The sum of each row inside each of its four threads, [64, BN] -> [64, 4]; the rest follows once per row tile."""
+    return gl.sum(gl.sum(p.reshape([64, p.shape[1] // 8, 4, 2]), 3), 1)
 
 
 @gluon.constexpr_function
@@ -290,34 +287,27 @@ def _in_place(n):
 
 
 @gluon.jit
-def rescaled(acc, alpha, LAZY: gl.constexpr):
-    """acc * alpha; with LAZY a warp passes over it when the alpha of its 16 rows are all 1."""
+def rescaled(acc, alpha):
+    """acc * alpha; a warp passes over it when the alpha of its 16 rows are all 1."""
     alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-    if LAZY:
-        # A thread holds two rows, which alternate in pairs of elements.
-        n: gl.constexpr = min(64, acc.shape[1] // 2)
-        alpha, acc = gl.broadcast(alpha, acc)
-        return gl.inline_asm_elementwise(
-            _multiply_unless_one(n), _in_place(n), [acc, alpha], dtype=gl.float32, is_pure=True, pack=n
-        )
-    else:
-        return acc * alpha
+    # A thread holds two rows, which alternate in pairs of elements.
+    n: gl.constexpr = min(64, acc.shape[1] // 2)
+    alpha, acc = gl.broadcast(alpha, acc)
+    return gl.inline_asm_elementwise(
+        _multiply_unless_one(n), _in_place(n), [acc, alpha], dtype=gl.float32, is_pure=True, pack=n
+    )
 
 
 @gluon.jit
-def raised(m_i, s_max, LAZY: gl.constexpr):
-    """What to subtract of the logits from now on: their largest, or, with LAZY, what it was until that is 2^8 larger."""
-    if LAZY:
-        return gl.where(s_max > m_i + 8.0, s_max, m_i)
-    else:
-        return gl.maximum(m_i, s_max)
+def raised(m_i, s_max):
+    """What to subtract of the logits from now on: what it was, or their largest once that is 2^8 times larger."""
+    return gl.where(s_max > m_i + 8.0, s_max, m_i)
 
 
 @gluon.jit
-def rescaled_sum(l_i, alpha, p, LATE_SUM: gl.constexpr):
-    if LATE_SUM:
-        alpha = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None]
-    return l_i * alpha + row_sum(p, LATE_SUM)
+def rescaled_sum(l_i, alpha, p):
+    alpha = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None]
+    return l_i * alpha + row_sum(p)
 
 
 # ---- consumer
@@ -368,7 +358,7 @@ def first_tile(
     SHAPE: gl.constexpr, MASKS: gl.constexpr, MATHS: gl.constexpr, HOW: gl.constexpr,
 ):  # fmt: skip
     """S = Q K^T of a group's first key tile, the one with the mask: (p in 16 bits, m_i, l_i)."""
-    TURNS, LATE_SUM, _ordered, Q_COLUMNS, _overlap, _lazy = HOW
+    TURNS, _ordered, Q_COLUMNS, _overlap = HOW
     GROUPS, _bn, D, KV_SLOTS, _q_slots = SHAPE
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     slot, phase = ring(g, KV_SLOTS)
@@ -383,9 +373,9 @@ def first_tile(
     s = masked(logits(s, scales, MATHS), row0, start_n, band, MASKS)
     m_i = row_max(s, scales, MATHS)
     if MASKS[0] or MASKS[1]:
-        m_i = gl.where(m_i == -float("inf"), 0.0, m_i)  # a row that sees no key: p = 0, l_i = 0, lse = -inf
+        m_i = gl.where(m_i == -float("inf"), -1e30, m_i)  # a row that sees no key: p = 0, l_i = 0, lse = -inf
     p = weights(s, m_i, scales, MATHS)
-    l_i = row_sum(p, LATE_SUM)
+    l_i = row_sum(p)
     return gl.convert_layout(p.to(k_s.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2)), m_i, l_i
 
 
@@ -399,7 +389,7 @@ def next_tile(
     Without OVERLAP P V goes first and the softmax runs beside the other groups' products alone, whose turn begins
     when P V is done, so that there is always one product in the queue.
     """
-    TURNS, LATE_SUM, ORDERED, Q_COLUMNS, OVERLAP, LAZY = HOW
+    TURNS, ORDERED, Q_COLUMNS, OVERLAP = HOW
     GROUPS, _bn, D, KV_SLOTS, _q_slots = SHAPE
     k_s, v_s = kv
     _q_full, k_full, v_full = fulls
@@ -434,23 +424,21 @@ def next_tile(
     s = logits(s, scales, MATHS)
     if MASKED:
         s = masked(s, row0, start_n, band, (MASKS[0], False, False))
-    m_new = raised(m_i, row_max(s, scales, MATHS), LAZY)
+    m_new = raised(m_i, row_max(s, scales, MATHS))
     p = weights(s, m_new, scales, MATHS)
     alpha = gl.exp2(m_i - m_new)
-    l_i = rescaled_sum(l_i, alpha, p, LATE_SUM)
+    l_i = rescaled_sum(l_i, alpha, p)
     if ORDERED:
         bar_arrive_after(l_i, slot + k_free(KV_SLOTS), THREADS)
     if OVERLAP:
         acc = warpgroup_mma_wait(0, deps=[o_done])  # [64, D]
         bar_arrive(v_slot + v_free(KV_SLOTS), THREADS)
     p16 = gl.convert_layout(p.to(k_s.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
-    return p16, rescaled(acc, alpha, LAZY), m_new, l_i
+    return p16, rescaled(acc, alpha), m_new, l_i
 
 
 @gluon.jit
-def last_product(
-    g, p16, acc, m_i, l_i, v_s, v_full, SHAPE: gl.constexpr, MASKS: gl.constexpr, LATE_SUM: gl.constexpr
-):  # fmt: skip
+def last_product(g, p16, acc, m_i, l_i, v_s, v_full, SHAPE: gl.constexpr, MASKS: gl.constexpr):
     """O += P V of the last key tile, divided by the row sums, beside the logarithm of those: (o, lse)."""
     GROUPS, BN, D, KV_SLOTS, _q_slots = SHAPE
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -458,8 +446,7 @@ def last_product(
     slot, phase = ring(g, KV_SLOTS)
     mbarrier.wait(v_full.index(slot), phase)
     o_done = warpgroup_mma(p16, v_s.index(slot), acc, is_async=True)
-    if LATE_SUM:
-        l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S_LAYOUT))
+    l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S_LAYOUT))
     lse = (m_i + gl.log2(l_i)) * 0.6931471805599453
     if MASKS[0] or MASKS[1]:
         l_i = gl.where(l_i == 0.0, 1.0, l_i)
@@ -478,7 +465,7 @@ def consumer(
     q_s, k_s, v_s, o_s = tiles
     q_full, k_full, v_full = fulls
     LEFT, RIGHT, _tail = MASKS
-    TURNS, LATE_SUM, _ordered, Q_COLUMNS, _overlap, _lazy = HOW
+    TURNS, _ordered, Q_COLUMNS, _overlap = HOW
     GROUPS, BN, D, KV_SLOTS, Q_SLOTS = SHAPE
     SLOTS: gl.constexpr = max(Q_SLOTS, 1)
     BM: gl.constexpr = 64 * GROUPS
@@ -529,7 +516,7 @@ def consumer(
                     )  # fmt: skip
             if Q_SLOTS > 0 and Q_COLUMNS < D:
                 bar_arrive(slot + q_free(KV_SLOTS), THREADS)
-            o, lse_rows = last_product(g, p16, acc, m_i, l_i, v_s, v_full, SHAPE, MASKS, LATE_SUM)
+            o, lse_rows = last_product(g, p16, acc, m_i, l_i, v_s, v_full, SHAPE, MASKS)
             g += 1
             if LEFT:
                 g = skip_tiles(block_n - (block_end - end) - n, g, fulls, CID, SHAPE, TURNS)
@@ -573,8 +560,8 @@ def gluon_attention_forward(
     table_rounds, row_tiles, rows, heads, group, batch_group, seq_q, keys, pad, diagonal, leftmost, scale, cap,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, FOLD: gl.constexpr, NEGATE: gl.constexpr,
     SOFTCAP: gl.constexpr, GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    KV_SLOTS: gl.constexpr, Q_SLOTS: gl.constexpr, TURNS: gl.constexpr, LATE_SUM: gl.constexpr, ORDERED: gl.constexpr,
-    Q_COLUMNS: gl.constexpr, OVERLAP: gl.constexpr, LAZY: gl.constexpr, PLANNED: gl.constexpr, REGISTERS: gl.constexpr,
+    KV_SLOTS: gl.constexpr, Q_SLOTS: gl.constexpr, TURNS: gl.constexpr, ORDERED: gl.constexpr,
+    Q_COLUMNS: gl.constexpr, OVERLAP: gl.constexpr, PLANNED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """o[i] = sum_j softmax_j(logits(q[i].k[j])) v[j] and lse[i] (natural log) of all rows of all heads.
 
@@ -585,7 +572,7 @@ def gluon_attention_forward(
     SHAPE: gl.constexpr = (GROUPS, BLOCK_N, BLOCK_D, KV_SLOTS, Q_SLOTS)
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
     MATHS: gl.constexpr = (FOLD, NEGATE, SOFTCAP)
-    HOW: gl.constexpr = (TURNS, LATE_SUM, ORDERED, Q_COLUMNS, OVERLAP, LAZY)
+    HOW: gl.constexpr = (TURNS, ORDERED, Q_COLUMNS, OVERLAP)
     TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_s = gl.allocate_shared_memory(dtype, [max(Q_SLOTS, 1) * GROUPS, 64, BLOCK_D], TILE)
     k_s = gl.allocate_shared_memory(dtype, [KV_SLOTS, BLOCK_N, BLOCK_D], TILE)

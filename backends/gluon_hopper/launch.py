@@ -108,17 +108,20 @@ class Launch:
     The kernel's signature is tensors, scalars, constants, in this order.
     """
 
-    __slots__ = ("constants", "grid", "kernel", "num_warps", "runner", "scalars", "shells", "tiles")
+    __slots__ = ("constants", "grid", "kernel", "options", "runner", "scalars", "shells", "tiles")
 
-    def __init__(self, kernel, grid: tuple[int, ...], tiles: tuple, scalars: tuple, constants: dict) -> None:
+    def __init__(
+        self, kernel, grid: tuple[int, ...], tiles: tuple, scalars: tuple, constants: dict, options: dict | None = None
+    ) -> None:
         self.kernel, self.grid, self.tiles, self.scalars, self.constants = kernel, grid, tiles, scalars, constants
+        self.options = options or {"num_warps": 4}
         self.runner = None
         self.shells: tuple[TensorDescriptor | None, ...] = ()
 
     def arguments(self, tensors: tuple) -> tuple[tuple, dict]:
         """The (positional, keyword) arguments of Triton's own dispatch."""
         self.shells = tuple(tile and descriptor(x, *tile) for x, tile in zip(tensors, self.tiles, strict=True))
-        return (*self.described(tensors), *self.scalars), {**self.constants, "num_warps": 4}
+        return (*self.described(tensors), *self.scalars), {**self.constants, **self.options}
 
     def described(self, tensors: tuple) -> tuple:
         """The tensors, through the first call's descriptors moved to these addresses."""
@@ -210,12 +213,8 @@ def plan_forward(q, k, v, spec: Spec, config: ForwardConfig | None = None) -> Fo
     band = band_of(spec, seq_q, seq_kv, block_n)
     rows, row_tiles = batch * heads, triton.cdiv(seq_q, block_m)
     one_k, one_v = unexpanded(k, v)
-    blocks = row_tiles * rows
-    if config.persistent:
-        blocks = min(blocks, multiprocessors(q.device))
-    table, rounds = None, 0
-    if config.planned:
-        table, rounds = planned(band, config, rows, row_tiles, blocks, heads // heads_kv, head_dim, q.device)
+    blocks = min(row_tiles * rows, config.blocks * multiprocessors(q.device))
+    table, rounds = planned(band, config, rows, row_tiles, blocks, heads // heads_kv, head_dim, q.device)
     scale, cap = spec.scale * LOG2E, 0.0
     if spec.softcap:
         scale, cap = 2.0 * scale / spec.softcap, spec.softcap * LOG2E
@@ -231,9 +230,10 @@ def plan_forward(q, k, v, spec: Spec, config: ForwardConfig | None = None) -> Fo
             "LEFT": band.left, "RIGHT": band.right, "TAIL": band.tail,
             "FOLD": fold, "NEGATE": fold and scale < 0, "SOFTCAP": spec.softcap != 0,
             "GROUPS": config.groups, "BLOCK_N": block_n, "BLOCK_D": width, "KV_SLOTS": config.kv_slots,
-            "Q_SLOTS": config.q_slots, "TURNS": config.turns, "LATE_SUM": config.late_sum, "ORDERED": config.ordered,
-            "Q_COLUMNS": config.q_columns, "OVERLAP": config.overlap, "LAZY": config.lazy, "PLANNED": table is not None, "REGISTERS": config.registers,
+            "Q_SLOTS": config.q_slots, "TURNS": config.turns, "ORDERED": config.ordered, "Q_COLUMNS": config.q_columns,
+            "OVERLAP": config.overlap, "PLANNED": table is not None, "REGISTERS": config.registers,
         },
+        config.options,
     )  # fmt: skip
     copied = not all(map(describable, (q, one_k, one_v)))
     return ForwardPlan(launch, table, band.empty_rows // 64 * 64, copied, one_k is not k)
@@ -242,8 +242,8 @@ def plan_forward(q, k, v, spec: Spec, config: ForwardConfig | None = None) -> Fo
 def chosen(spec: Spec, q_shape: torch.Size | tuple, seq_kv: int) -> ForwardConfig:
     """The configuration of a forward."""
     band = band_of(spec, q_shape[2], seq_kv, 128)
-    dressed = spec.softcap != 0 or band.left
-    return configs.forward(q_shape[3], band=band.left or band.right, dressed=dressed, seq=seq_kv)
+    ragged = band.left or (band.tail and not band.right)
+    return configs.forward(q_shape[3], causal=band.right, ragged=ragged, seq=seq_kv)
 
 
 _multiprocessors: dict[torch.device, int] = {}
@@ -271,13 +271,13 @@ def planned(
     if len(set(work)) == 1 or not schedule.fits(row_tiles, rows):
         return None, 0
     together = max(1, schedule.L2_SHARE // (4 * band.keys * head_dim)) * group
-    key = (tuple(work), rows, blocks, together, device)
+    key = (tuple(work), rows, blocks, together, config.staggered, device)
     if key not in _tables:
         if sum(table.numel() for table, _ in _tables.values()) > _TABLES_LIMIT:
             return None, 0
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None, 0  # a copy from the host has no place in a graph
-        entries, rounds = schedule.plan([n + 0.9 for n in work], rows, blocks, min(together, rows))
+        entries, rounds = schedule.plan([n + 0.9 for n in work], rows, blocks, min(together, rows), config.staggered)
         _tables[key] = torch.tensor(entries, dtype=torch.int32, device=device), rounds
     return _tables[key]
 

@@ -61,8 +61,6 @@ def problem_of(head_dim: int, dtype: str, feature: str) -> Problem:
 def shipped(problem: Problem) -> list[configs.ForwardConfig]:
     """The forward's configurations for problems like this one, of any length."""
     spec = spec_of(problem)
-    if problem.window is not None and problem.window[0] is not None:
-        return [launch.chosen(spec, (1, 1, problem.seq_q, problem.head_dim), problem.seq_kv)]
     shapes = [(1, 1, length, problem.head_dim) for length in LENGTHS]
     return list(dict.fromkeys(launch.chosen(spec, shape, shape[2]) for shape in shapes))
 
@@ -138,11 +136,12 @@ def test_every_schedule_is_right(cell, request):
 # What configs.py can say beyond what it says now.
 Forward = configs.ForwardConfig
 VARIANTS = [
-    (64, Forward(groups=3, ordered=False, overlap=False, lazy=True)),
-    (64, Forward(q_columns=32, lazy=True, overlap=False)),
+    (64, Forward(groups=3, overlap=False)),
+    (64, Forward(q_columns=32, overlap=False, turns=False, staggered=True)),
+    (64, Forward(block_n=64, q_slots=1, overlap=False, blocks=2)),
+    (64, Forward(block_n=64, kv_slots=3, q_slots=1, q_columns=64, overlap=False)),
     (128, Forward(q_slots=1, q_columns=64, overlap=False)),
-    (128, Forward(q_slots=1, q_columns=128, lazy=True, planned=True)),
-    (256, Forward(block_n=64, q_slots=0, q_columns=128, lazy=True)),
+    (256, Forward(block_n=64, q_slots=0)),
     (256, Forward(block_n=128, kv_slots=1, q_slots=0, overlap=False)),
 ]
 
@@ -248,9 +247,9 @@ FAULTS = [
     Fault("half of Q's columns are used twice", "forward.issue_scores",
           "q_tile.slice(Q_COLUMNS, rest, 1)", "q_tile.slice(0, rest, 1)", r"T1|T2|T3", F256, {"q_columns": 128}),
     Fault("a sum is rescaled, O is not", "forward.rescaled", "return gl.inline_asm_elementwise(",
-          "return acc\n        gl.inline_asm_elementwise(", r"T1|T2|T3", (128, "grows", FORWARD), {"lazy": True}),
+          "return acc\n    gl.inline_asm_elementwise(", r"T1|T2|T3", (128, "grows", FORWARD)),
     Fault("a maximum that has grown is forgotten", "forward.raised", "s_max > m_i + 8.0", "s_max > m_i + 800.0",
-          r"T1|T2|T3|nan|inf", (128, "grows", FORWARD), {"lazy": True}),
+          r"T1|T2|T3|nan|inf", (128, "grows", FORWARD)),
     # forward: the producer
     Fault("K is loaded before its slot is free", "forward.producer",
           "bar_sync(slot + k_free(KV_SLOTS), THREADS)", "pass", r"a TMA load writes k_s|arrives twice", F128),
