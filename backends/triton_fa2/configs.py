@@ -34,9 +34,9 @@ class TileConfig:
     ws asks the compiler to specialise warps (forward, sm_90 and newer). one_loop branches around the mask in one
     loop over all tiles, instead of one loop for the full tiles and others for those at the edges. late (forward)
     multiplies p by v one tile late, beside the next softmax. prepared (with tma, float32) has a kernel before it split
-    what many programs read into bfloat16 parts (bf16x3, bf16x6), or transpose what is summed over rows (tf32). split (dkdv) launches
-    one kernel for dk and one for dv, by their own configurations. max_regs > 0 holds a thread to so many registers, so
-    that one more program fits on a multiprocessor.
+    what many programs read into bfloat16 parts (bf16x3, bf16x6), or transpose what is summed over rows (tf32, without
+    late). split (dkdv) launches one kernel for dk and one for dv, by their own configurations. max_regs > 0 holds a
+    thread to so many registers, so that one more program fits on a multiprocessor.
     """
 
     block_m: int

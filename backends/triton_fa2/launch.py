@@ -11,9 +11,10 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flash2.backends.triton_fa2 import backward, configs, forward, prepare, quick
+from flash2.backends.triton_fa2 import backward, configs, forward, prepare
 from flash2.backends.triton_fa2.configs import Key, TileConfig
 from flash2.backends.triton_fa2.tiles import INTERPRET
+from flash2.core import quick
 from flash2.core.contract import DTYPE_NAMES, TORCH_DTYPES, Spec, spec_of
 from flash2.core.problem import Problem
 
@@ -306,8 +307,9 @@ class Maths:
         return {"bf16x3": 2, "bf16x6": 3}.get(self.precision, 1) if config.prepared else 1
 
     def turned(self, config: TileConfig) -> bool:
-        """Are operands that a TF32 product sums over rows of transposed beforehand?"""
-        return config.prepared and self.spec_precision == "tf32"
+        """Are operands that a TF32 product sums over rows of transposed beforehand? Not with `late`: without a
+        conversion the weights are the operand, and ptxas writes the next ones over them while a product reads them."""
+        return config.prepared and self.spec_precision == "tf32" and not config.late
 
     def chunked(self, config: TileConfig) -> bool:
         """Are products over head_dim taken in pieces? IEEE float32 is, where no tensor core multiplies."""

@@ -73,7 +73,7 @@ def candidates(kernel: str, problem: Problem, arch: int, *, ws: bool = False) ->
         most = 260 if late else 210 if tma or arch < 90 else 150
         if not 12 <= registers <= most or shared > offline.shared_limit(arch) or rows < 32 * warps // 4:
             continue
-        if (late or prepared) and not tma:
+        if ((late or prepared) and not tma) or (late and prepared and turned):
             continue
         if problem.precision == "ieee":  # bound by the fma units, not by loads
             useful = not tma and not late and m * n <= 1024 * warps and stages <= 2

@@ -30,6 +30,7 @@ CHOICE = [
     "fp16-d256-causal-fwd",
     "bf16-d256-all-fwd",
     "bf16x3-d64-full-fwd",
+    "tf32-d64-causal-fwd",
     "bf16-d64-causal-bwd",
     "bf16-d256-full-bwd",
 ]
