@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ import triton
 from flash2.backends.gluon_hopper import configs, forward, schedule
 from flash2.backends.gluon_hopper.compat import TensorDescriptor, gl
 from flash2.backends.gluon_hopper.configs import ForwardConfig
+from flash2.core import quick
 from flash2.core.contract import Spec, spec_of
 from flash2.core.problem import Problem
 
@@ -129,14 +131,20 @@ class Launch:
 
     def __call__(self, *tensors: torch.Tensor) -> None:
         if self.runner is not None:
-            self.runner(*self.described(tensors), *self.scalars)
+            self.runner(tensors)
             return
         positional, keyword = self.arguments(tensors)
         compiled = self.kernel[self.grid](*positional, **keyword)
         # The plan's key covers all that Triton specialises on, so this binary is right for every call of it.
         # Constants are bound by name above and by place here: they end the signature, in its order.
         self.scalars += tuple(self.constants[param.name] for param in self.kernel.params if param.is_constexpr)
-        self.runner = compiled[(*self.grid, 1, 1)[:3]]
+        grid, device = (*self.grid, 1, 1)[:3], tensors[0].get_device()
+        quickly = quick.runner(compiled, grid, device, self.shells, moved, self.scalars)
+        self.runner = quickly or self.theirs(compiled[grid])
+
+    def theirs(self, run: Callable) -> Callable[[tuple], None]:
+        """A call of Triton's own runner."""
+        return lambda tensors: run(*self.described(tensors), *self.scalars)
 
 
 # ---- the forward
@@ -184,18 +192,20 @@ def band_of(spec: Spec, seq_q: int, seq_kv: int, block_n: int) -> Band:
 class ForwardPlan:
     """One forward with all but its tensors bound."""
 
-    __slots__ = ("copied", "empty", "launch", "table", "unexpanded")
+    __slots__ = ("copied", "empty", "launch", "new_o", "table", "unexpanded")
 
-    def __init__(self, launch: Launch, table: torch.Tensor | None, empty: int, copied: bool, unexpanded: bool) -> None:
+    def __init__(
+        self, launch: Launch, table: torch.Tensor | None, empty: int, copied: bool, unexpanded: bool, new_o: Callable
+    ) -> None:
         self.launch, self.table, self.empty = launch, table, empty
-        self.copied, self.unexpanded = copied, unexpanded
+        self.copied, self.unexpanded, self.new_o = copied, unexpanded, new_o
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.unexpanded:
             k, v = unexpanded(k, v)
         if self.copied:
             q, k, v = readable(q), readable(k), readable(v)
-        o = empty_like(q)
+        o = self.new_o(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         if self.empty:  # whole groups of rows that the kernel passes over
             o[:, :, : self.empty].zero_()
@@ -236,7 +246,9 @@ def plan_forward(q, k, v, spec: Spec, config: ForwardConfig | None = None) -> Fo
         config.options,
     )  # fmt: skip
     copied = not all(map(describable, (q, one_k, one_v)))
-    return ForwardPlan(launch, table, band.empty_rows // 64 * 64, copied, one_k is not k)
+    # What is allocated for a readable q begins on a multiple of 16 bytes; its strides are then all that counts.
+    new_o = torch.empty_like if not copied and describable(torch.empty_like(q, device="meta")) else empty_like
+    return ForwardPlan(launch, table, band.empty_rows // 64 * 64, copied, one_k is not k, new_o)
 
 
 def chosen(spec: Spec, q_shape: torch.Size | tuple, seq_kv: int) -> ForwardConfig:

@@ -81,7 +81,8 @@ def allowed(module: list[str], name: list[str], *, lazy: bool) -> bool:
     what = name[1:]
     if in_backend:
         siblings = next((files for files in SAME if module[1] in files), (module[1],))
-        return what[:2] in (["core", "contract"], ["core", "problem"], *(["backends", file] for file in siblings))
+        core = (["core", name] for name in ("contract", "problem", "quick"))
+        return what[:2] in (*core, *(["backends", file] for file in siblings))
     if module[0] == "core":
         return what[:1] == ["core"]
     if module[0] == "backends":  # the shelf itself

@@ -14,7 +14,9 @@ if not triton.__version__.startswith("3.6."):
 
 from triton.backends.nvidia import driver  # noqa: E402
 
-from flash2.backends.triton_fa2 import launch, quick  # noqa: E402
+from flash2.backends.gluon_hopper import launch as gluon  # noqa: E402
+from flash2.backends.triton_fa2 import launch  # noqa: E402
+from flash2.core import quick  # noqa: E402
 
 GRID, DEVICE, TAIL = (7, 1, 1), 0, (3, 0.5, True, "tf32")
 META = {"swizzle": 3, "elem_size": 2, "elem_type": 1, "block_size": [1, 1, 64, 64], "fp4_padded": False}
@@ -135,3 +137,32 @@ def test_otherwise_triton_launches(encoded, monkeypatch, what):
     else:
         kernel._run.global_scratch_size = 128
     assert quick.runner(kernel, GRID, DEVICE, (), launch.moved, TAIL) is None
+
+
+class Dispatch:
+    """A Gluon kernel whose compiled form is already there."""
+
+    params = (SimpleNamespace(name="q_desc", is_constexpr=False), SimpleNamespace(name="WIDE", is_constexpr=True))
+
+    def __init__(self, compiled) -> None:
+        self.compiled = compiled
+
+    def __getitem__(self, grid):
+        return lambda *_arguments, **_options: self.compiled
+
+
+def test_a_gluon_launch_is_as_quick(encoded):
+    x, lse = torch.zeros(2, 4, 256, 64, dtype=torch.bfloat16), torch.zeros(2, 4, 256)
+    got: list = []
+    shell = gluon.descriptor(x, 64, 64)
+    kernel = compiled_for((shell, None), got)
+    planned = gluon.Launch(Dispatch(kernel), (7,), ((64, 64), None), (3, 0.5), {"WIDE": True})
+    planned(x, lse)  # through the dispatch, which launches nothing here
+    planned(x, lse)
+    encodings = len(encoded)
+    planned(x, lse)
+    assert len(encoded) == encodings
+    kernel[GRID](shell, lse, 3, 0.5, True)
+    assert len(got) == 3
+    first, second, reference = ((*arguments[:3], *arguments[4:]) for arguments in map(plain, got))  # but for the stream
+    assert first == second == reference
