@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import FunctionType
+from typing import Any
 
 import torch
 
@@ -34,14 +35,17 @@ class Encoded:
         return found
 
 
-def runner(compiled, grid: tuple[int, int, int], device: int, shells: tuple, moved, tail: tuple) -> Callable | None:
+def runner(
+    compiled: Any, grid: tuple[int, int, int], device: int, shells: tuple, moved, tail: tuple
+) -> Callable | None:
     """f(tensors), which launches `compiled` on `device`'s current stream, or None where Triton has to do that.
 
     shells: for each tensor a TensorDescriptor of its layout, or None for a pointer; () for pointers alone.
     moved(shell, x): the descriptor for a tensor of that layout. tail: the arguments after the tensors.
     """
-    import triton
+    import triton as _triton
 
+    triton: Any = _triton  # much of it exists when it is first read
     if not triton.__version__.startswith("3.6.") or not isinstance(compiled, triton.compiler.CompiledKernel):
         return None
     launcher, hooks = compiled.run, triton.knobs.runtime
@@ -49,7 +53,8 @@ def runner(compiled, grid: tuple[int, int, int], device: int, shells: tuple, mov
         return None
     launch = launcher.launch
     if isinstance(launch, FunctionType):  # Triton's loop over the arguments, around the C launcher
-        launch = dict(zip(launch.__code__.co_freevars, launch.__closure__, strict=True))["launcher"].cell_contents
+        names, cells = launch.__code__.co_freevars, launch.__closure__ or ()
+        launch = cells[names.index("launcher")].cell_contents
     metas = iter(compiled.metadata.tensordesc_meta or [None] * len(shells))
     encoders = tuple(None if shell is None else Encoded(encoder(shell, next(metas), moved)) for shell in shells)
     head = *grid, triton.runtime.driver.active.get_current_stream
