@@ -91,6 +91,7 @@ def runner(
 
 def encoder(shell, meta: dict | None, moved) -> Callable[[torch.Tensor], list]:
     """x -> the launcher's arguments for a tensor of the layout that `shell` describes."""
-    from triton.backends.nvidia.driver import make_tensordesc_arg
+    from triton.backends.nvidia import driver
 
-    return lambda x: make_tensordesc_arg(moved(shell, x), meta)
+    encode: Any = driver.make_tensordesc_arg  # of Triton 3.6
+    return lambda x: encode(moved(shell, x), meta)
