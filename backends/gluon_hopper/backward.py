@@ -34,12 +34,12 @@ from flash2.backends.gluon_hopper.compat import (
 # Named barriers, of which a block has 16; no kernel uses two that share an id.
 FREE = FIRST_BARRIER  # + stage, at most 4: a stage of the ring of queries (gradients_q: of keys) is free again
 V_FREE = gl.constexpr(FIRST_BARRIER.value + 3)  # + stage, at most 2: a stage of the ring of values
-HANDED = gl.constexpr(FIRST_BARRIER.value + 4)  # + 2 slot + consumer: its half of dS is there for dQ's group
-STAGED = gl.constexpr(FIRST_BARRIER.value + 5)  # consumers -> producer: dQ is staged; Q, dO, statistics are free
-DS_READY = gl.constexpr(FIRST_BARRIER.value + 6)  # consumer <-> consumer: dS is in shared memory
-DQ_TAKEN = gl.constexpr(FIRST_BARRIER.value + 7)  # producer -> consumers: staging, and so dS, may be overwritten
+DQ_TAKEN = gl.constexpr(FIRST_BARRIER.value + 3)  # producer -> consumers: staging may be overwritten; and so may dS
+DS_READY = gl.constexpr(FIRST_BARRIER.value + 4)  # consumer <-> consumer: dS is in shared memory
+HANDED = gl.constexpr(FIRST_BARRIER.value + 4)  # + 2 slot + consumer: its half of dS is there for who computes dQ
 FINISHED = gl.constexpr(FIRST_BARRIER.value + 8)  # consumers -> producer: the outputs are in shared memory
 DONE = gl.constexpr(FIRST_BARRIER.value + 9)  # all who read K and V: they become the staging area of dK and dV
+STAGED = gl.constexpr(FIRST_BARRIER.value + 10)  # consumers -> producer: dQ is staged; Q, dO, statistics are free
 
 
 @gluon.jit
@@ -281,7 +281,35 @@ def load_queries(descs, rings, where, rows, t, i, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def fused_producer(descs, kv_descs, acc_desc, rings, kv, staging, place, walk, SHAPE: gl.constexpr, DQ: gl.constexpr):
+def wait_for_turn(order, place, index, t, BM: gl.constexpr, BN: gl.constexpr):
+    """Until all programs with earlier keys have added to query tile t, whose number among all heads' is `index`.
+
+    They have smaller program numbers, and so have started before: nobody waits for who is not there yet.
+    """
+    turns, leftmost = order
+    want = place[2] // BN - gl.maximum(t * BM + leftmost, 0) // BN
+    seen = gl.load(turns + index, volatile=True)
+    while seen < want:
+        seen = gl.load(turns + index, volatile=True)
+    gl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; fence.proxy.async; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def pass_turn(order, index):
+    """What this program added is in global memory: the next may add."""
+    turns, leftmost = order
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; fence.proxy.async; fence.acq_rel.gpu; // $0", "=r", [],
+        dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+    group_barrier()
+    gl.atomic_add(turns + index, 1)
+
+
+@gluon.jit
+def fused_producer(descs, kv_descs, acc_desc, rings, kv, staging, place, walk, order, SHAPE: gl.constexpr,
+                   DQ: gl.constexpr, DQ_LATE: gl.constexpr, IN_TURN: gl.constexpr):  # fmt: skip
     """Partition 0: loads K and V once, Q and dO and statistics of every step; adds up dQ if DQ; stores dK and dV."""
     k_desc, v_desc, dk_desc, dv_desc = kv_descs
     k_tile, v_tile, k_full, v_full = kv
@@ -304,19 +332,51 @@ def fused_producer(descs, kv_descs, acc_desc, rings, kv, staging, place, walk, S
         R: gl.constexpr = BM * D // 2 // 32
         if total > 0:
             everyone_arrive(DQ_TAKEN)
-        for i in range(total):
+        steps = total
+        if DQ_LATE:
+            steps = gl.where(total > 0, total + 1, 0)
+        for i in range(steps):
             everyone_sync(STAGED)
-            at = (rows + i // n * tiles + lo + i % n) * 2 * R
-            tma_reduce_add(acc_desc, [at, 0], staging.index(0))
-            tma_reduce_add(acc_desc, [at + R, 0], staging.index(1))
+            done = i
+            if DQ_LATE:
+                done = i - 1  # the step whose dQ this is; the first is nobody's
+            index = rows + done // n * tiles + lo + done % n
+            if done >= 0:
+                if IN_TURN:
+                    wait_for_turn(order, place, index, lo + done % n, BM, BN)
+                tma_reduce_add(acc_desc, [index * 2 * R, 0], staging.index(0))
+                tma_reduce_add(acc_desc, [index * 2 * R + R, 0], staging.index(1))
             ahead = i + STAGES
-            if ahead < total:
-                load_queries(
-                    descs, rings, (batch, head + ahead // n), rows + ahead // n * tiles, lo + ahead % n, ahead, SHAPE
-                )
-            tma_store_wait(0)
-            if i + 1 < total:
+            if not DQ_LATE:  # noqa: SIM102  the inner condition is the program's
+                if ahead < total:
+                    load_queries(
+                        descs,
+                        rings,
+                        (batch, head + ahead // n),
+                        rows + ahead // n * tiles,
+                        lo + ahead % n,
+                        ahead,
+                        SHAPE,
+                    )
+            if IN_TURN:
+                if done >= 0:
+                    pass_turn(order, index)
+            else:
+                tma_store_wait(0)
+            if done + 1 < total:
                 everyone_arrive(DQ_TAKEN)
+            if DQ_LATE:  # noqa: SIM102  the inner condition is the program's
+                if ahead < total:
+                    everyone_sync(FREE + i % STAGES)
+                    load_queries(
+                        descs,
+                        rings,
+                        (batch, head + ahead // n),
+                        rows + ahead // n * tiles,
+                        lo + ahead % n,
+                        ahead,
+                        SHAPE,
+                    )
     else:
         for i in range(STAGES, total):
             everyone_sync(FREE + i % STAGES)
@@ -365,19 +425,38 @@ def issue_scores(
 
 
 @gluon.jit
+def issue_dq(CID: gl.constexpr, ds_both, k, SHAPE: gl.constexpr):
+    """Begin this consumer's half, [64, D BM / 128], of dQ = dS K."""
+    BM, BN, D, STAGES = SHAPE
+    N: gl.constexpr = D * BM // 128
+    no_dq = gl.zeros([64, N], gl.float32, acc_layout(N))
+    if BM == 64:  # all 64 queries, half of the head dimension
+        return warpgroup_mma(ds_both.permute((1, 0)), k.slice(CID * N, N, 1), no_dq, use_acc=False, is_async=True)
+    else:  # or 64 of 128 queries, the whole head dimension
+        return warpgroup_mma(ds_both.slice(CID * 64, 64, 1).permute((1, 0)), k, no_dq, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def stage_dq(CID: gl.constexpr, dq, staging):
+    """This consumer's half of dQ to the producer, which adds it up."""
+    staging.index(CID).store(to_lanes(dq).reshape([64 * dq.shape[1] // 32, 32]))
+    fence_async_shared()
+    everyone_arrive(STAGED)
+
+
+@gluon.jit
 def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings, kv, own, ds_tile, staging,
                edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
-    """One query tile: dv += p^T dO, dk += ds^T Q, and dQ's part to the staging buffer.
+    """One query tile: dv += p^T dO, dk += ds^T Q, and dQ's part, this step's or the last one's, to the staging buffer.
 
-    Returns s, the scores of the next step if PIPELINED, and dk, dv.
+    s holds the scores of this step. Returns those of the next, and dk, dv.
     """
     q_ring, do_ring, stats_ring, q_full, do_full = rings
     k_tile, v_tile, k_full, v_full = kv
     BM, BN, D, STAGES = SHAPE
-    DQ, APART, PIPELINED, AHEAD, EARLY, LSE_FIRST, DELTA_FIRST, DV_LATE, DK_LATE, RESIDENT, SOFTCAP = HOW
+    DQ, APART, DQ_LATE, EARLY, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP = HOW
     ds_ring, ds_free = ds_tile
     COLUMNS: gl.constexpr = gl.SliceLayout(0, acc_layout(BM))
-    DQN: gl.constexpr = D * BM // 128  # this consumer's half of dQ is [64, DQN]
     dtype: gl.constexpr = q_ring.dtype
     b = i % STAGES
     q = q_ring.index(b)
@@ -385,93 +464,72 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
     stats = stats_ring.index(b)
     zero = opaque_zero()
     v = own_keys(CID, v_tile, own[1], RESIDENT)
-    if not PIPELINED:
-        s_token = issue_scores(CID, i, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)
-    mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
+    if DQ_LATE:  # the last step's, beside this softmax; the first step's is of nothing, and the producer drops it
+        late = (i + 1) % 2
+        pair_sync(HANDED + 2 * late + 1 - CID)
+        dq_token = issue_dq(CID, ds_ring.index(late), k_tile.index(zero), SHAPE)
     zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
-    if DELTA_FIRST:  # dP's accumulator begins with -delta, which then needs no registers of its own beside p and dP
+    mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
+    if not DQ_LATE:
+        # dP's accumulator begins with -delta, which then needs no registers of its own beside p and dP
         less, _ = gl.broadcast(stats.slice(BM, BM, 0).load(COLUMNS)[None, :], zeros)
         dp_token = warpgroup_mma(v, do.permute((1, 0)), less, is_async=True)
-    else:
-        dp_token = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if not PIPELINED:
-        s = warpgroup_mma_wait(1, deps=[s_token])
-    elif AHEAD:  # the next scores too run beside this softmax
-        s_token = issue_scores(CID, i + 1, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)
     if EARLY:  # waits for nothing: it keeps ptxas from spreading the wgmmas over the softmax, as it moves
         if LSE_FIRST:  # nothing over a branch
-            mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
+            mbarrier.wait(q_full.index(b), (i // STAGES) & 1)
         else:  # no load over a wait
-            s = warpgroup_mma_wait(2 if AHEAD else 1, deps=[s])
+            s = warpgroup_mma_wait(1, deps=[s])
     if LSE_FIRST:
         p, slope = probabilities(s, None, i * BM, edges, maths, True, MASK, MASKS, SOFTCAP)
     else:
         lse = stats.slice(0, BM, 0).load(COLUMNS)
         p, slope = probabilities(s, lse, i * BM, edges, maths, True, MASK, MASKS, SOFTCAP)
-    if DV_LATE:  # neither p nor ds is in flight, in 16 bits, while both are there in 32
-        dp = warpgroup_mma_wait(1 if AHEAD else 0, deps=[dp_token])
+    if DQ_LATE:
+        # dV's issue also keeps the exponentials above the wait for dQ, where ptxas would not leave them.
+        dv_token = warpgroup_mma(a_operand(p, D, dtype), do, dv, is_async=True)
+        dq = warpgroup_mma_wait(1, deps=[dq_token])
+        everyone_sync(DQ_TAKEN)
+        stage_dq(CID, dq, staging)
+        less, _ = gl.broadcast(stats.slice(BM, BM, 0).load(COLUMNS)[None, :], zeros)
+        dp_token = warpgroup_mma(v, do.permute((1, 0)), less, is_async=True)
+        dv, dp = warpgroup_mma_wait(0, deps=[dv_token, dp_token])
+    elif DV_LATE:  # neither p nor ds is in flight, in 16 bits, while both are there in 32
+        dp = warpgroup_mma_wait(0, deps=[dp_token])
     else:
         dv_token = warpgroup_mma(a_operand(p, D, dtype), do, dv, is_async=True)
-        dp = warpgroup_mma_wait(2 if AHEAD else 1, deps=[dp_token])
-    if not DELTA_FIRST:
-        dp = dp + stats.slice(BM, BM, 0).load(COLUMNS)[None, :]
+        dp = warpgroup_mma_wait(1, deps=[dp_token])
     ds = (slope * dp).to(dtype)
     if DV_LATE:
         dv_token = warpgroup_mma(a_operand(p, D, dtype), do, dv, is_async=True)
     ds_operand = gl.convert_layout(ds, gl.DotOperandLayout(0, acc_layout(D), 2))
-    if not DK_LATE:
-        dk_token = warpgroup_mma(ds_operand, q, dk, is_async=True)
-    if DQ:
-        k = k_tile.index(zero)
+    dk_token = warpgroup_mma(ds_operand, q, dk, is_async=True)
+    if DQ and not DQ_LATE:
         ds_both = ds_ring.index(zero)
         everyone_sync(DQ_TAKEN)
         ds_both.slice(CID * 64, 64, 0).store(ds)
         fence_async_shared()
         consumers_sync(DS_READY)
-        no_dq = gl.zeros([64, DQN], gl.float32, acc_layout(DQN))
-        if BM == 64:  # a consumer computes all 64 queries of half the head dimension
-            dq_token = warpgroup_mma(
-                ds_both.permute((1, 0)), k.slice(CID * DQN, DQN, 1), no_dq, use_acc=False, is_async=True)  # fmt: skip
-        else:  # or 64 of 128 queries, the whole head dimension
-            dq_token = warpgroup_mma(
-                ds_both.slice(CID * 64, 64, 1).permute((1, 0)), k, no_dq, use_acc=False, is_async=True)  # fmt: skip
-        # dv and dk are waited for before the next scores begin: two 16-bit A operands in flight are too many registers
-        if DK_LATE:  # so that dK's product, and not the next scores alone, runs beside the staging of dQ
-            dv = warpgroup_mma_wait(1, deps=[dv_token])
-            dk_token = warpgroup_mma(ds_operand, q, dk, is_async=True)
-            if PIPELINED:
-                s_token = issue_scores(CID, i + 1, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)
-            dq = warpgroup_mma_wait(2 if PIPELINED else 1, deps=[dq_token])
-        elif PIPELINED:
-            dv, dk = warpgroup_mma_wait(1, deps=[dv_token, dk_token])
-            s_token = issue_scores(CID, i + 1, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)
-            dq = warpgroup_mma_wait(1, deps=[dq_token])
-        else:
-            dv, dk, dq = warpgroup_mma_wait(0, deps=[dv_token, dk_token, dq_token])
-        staging.index(CID).store(to_lanes(dq).reshape([64 * DQN // 32, 32]))
-        if DK_LATE:  # before the fence: ptxas 12.8 crashes over a fence that a product into loop-carried sums passes
-            dk = warpgroup_mma_wait(1 if PIPELINED else 0, deps=[dk_token])
-        fence_async_shared()
-        everyone_arrive(STAGED)
+        dq_token = issue_dq(CID, ds_both, k_tile.index(zero), SHAPE)
+        # before the next scores begin: two 16-bit A operands in flight are too many registers
+        dv, dk = warpgroup_mma_wait(1, deps=[dv_token, dk_token])
+        s_token = issue_scores(CID, i + 1, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)
+        dq = warpgroup_mma_wait(1, deps=[dq_token])
+        stage_dq(CID, dq, staging)
     else:
-        if APART:
+        if APART or DQ_LATE:
             slot = i % 2
-            mbarrier.wait(ds_free.index(slot), ((i // 2) & 1) ^ 1)
+            if APART:  # else DQ_TAKEN has said that the product of what was there is done
+                mbarrier.wait(ds_free.index(slot), ((i // 2) & 1) ^ 1)
             ds_ring.index(slot).slice(CID * 64, 64, 0).store(ds)
             fence_async_shared()
             pair_arrive(HANDED + 2 * slot + CID)
-        if AHEAD:
-            dv, dk = warpgroup_mma_wait(0, deps=[dv_token, dk_token])
-        elif PIPELINED:
+        if not DQ_LATE:
             dv = warpgroup_mma_wait(1, deps=[dv_token])
-            s_token = issue_scores(CID, i + 1, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)
-            dk = warpgroup_mma_wait(1, deps=[dk_token])
-        else:
-            dv, dk = warpgroup_mma_wait(0, deps=[dv_token, dk_token])
+        s_token = issue_scores(CID, i + 1, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)
+        dk = warpgroup_mma_wait(1, deps=[dk_token])
         if i + STAGES < total:
             everyone_arrive(FREE + b)
-    if PIPELINED:  # a product in flight over the loop's back edge is serialised by ptxas (C7514)
-        s = warpgroup_mma_wait(0, deps=[s_token])
+    s = warpgroup_mma_wait(0, deps=[s_token])  # one in flight over the loop's back edge is serialised by ptxas (C7514)
     return s, dk, dv
 
 
@@ -502,19 +560,21 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, start_n, star
     """Partitions 1 and 2: dK and dV of 64 keys each, in registers from first to last."""
     k_tile, v_tile, k_full, v_full = kv
     BM, BN, D, STAGES = SHAPE
-    DQ, APART, PIPELINED, AHEAD, EARLY, LSE_FIRST, DELTA_FIRST, DV_LATE, DK_LATE, RESIDENT, SOFTCAP = HOW
+    DQ, APART, DQ_LATE, EARLY, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP = HOW
+    ds_ring, ds_free = ds_tile
     full_lo, full_hi, n = steps
     total = n * group if GROUPED else n
     dtype: gl.constexpr = k_tile.dtype
     dk = gl.zeros([64, D], gl.float32, acc_layout(D))
     dv = gl.zeros([64, D], gl.float32, acc_layout(D))
-    s = gl.zeros([64, BM], gl.float32, acc_layout(BM))
     own = (k_tile, v_tile)
     mbarrier.wait(k_full.index(0), 0)
     if RESIDENT:
         own = (k_tile.index(0).slice(CID * 64, 64, 0).load(gl.DotOperandLayout(0, acc_layout(BM), 2)), v_tile)
-    if PIPELINED:
-        s = warpgroup_mma_wait(0, deps=[issue_scores(CID, 0, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)])
+    s = warpgroup_mma_wait(0, deps=[issue_scores(CID, 0, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)])
+    if DQ_LATE:  # noqa: SIM102  the inner condition is the program's
+        if total > 0:
+            pair_arrive(HANDED + 2 + CID)
     mbarrier.wait(v_full.index(0), 0)
     if RESIDENT:
         own = (own[0], v_tile.index(0).slice(CID * 64, 64, 0).load(gl.DotOperandLayout(0, acc_layout(BM), 2)))
@@ -527,6 +587,14 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, start_n, star
     else:
         s, dk, dv = fused_walk(CID, 0, s, dk, dv, total, steps, rings, kv, own, ds_tile, staging,
                                edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
+    if DQ_LATE:  # noqa: SIM102  the inner condition is the program's
+        if total > 0:
+            slot = (total - 1) % 2
+            pair_sync(HANDED + 2 * slot + 1 - CID)
+            dq_token = issue_dq(CID, ds_ring.index(slot), k_tile.index(0), SHAPE)
+            dq = warpgroup_mma_wait(0, deps=[dq_token])
+            everyone_sync(DQ_TAKEN)
+            stage_dq(CID, dq, staging)
     if APART:
         everyone_sync(DONE)
     else:
@@ -538,7 +606,7 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, start_n, star
 
 
 @gluon.jit
-def dq_group(acc_desc, kv, ds_tile, staging, walk, place, SHAPE: gl.constexpr):
+def dq_group(acc_desc, kv, ds_tile, staging, walk, place, order, SHAPE: gl.constexpr, IN_TURN: gl.constexpr):
     """Partition 3, if dQ has a group of its own: dQ of every step, in parts of 64 x 64, added to the accumulator."""
     k_tile, v_tile, k_full, v_full = kv
     ds_ring, ds_free = ds_tile
@@ -548,10 +616,10 @@ def dq_group(acc_desc, kv, ds_tile, staging, walk, place, SHAPE: gl.constexpr):
     R: gl.constexpr = 64 * 64 // 32
     PARTS: gl.constexpr = BM * D // (64 * 64)
     mbarrier.wait(k_full.index(0), 0)
-    at = ((batch * heads + head_kv * group) * tiles + lo) * PARTS * R
+    index = (batch * heads + head_kv * group) * tiles + lo
     i = 0
     for member in range(group):  # noqa: B007
-        for t in range(n):  # noqa: B007
+        for t in range(n):
             slot = i & 1
             pair_sync(HANDED + 2 * slot)
             pair_sync(HANDED + 2 * slot + 1)
@@ -574,10 +642,14 @@ def dq_group(acc_desc, kv, ds_tile, staging, walk, place, SHAPE: gl.constexpr):
                 buffer.store(to_lanes(dq).reshape([R, 32]))
                 fence_async_shared()
                 group_barrier()
-                tma_reduce_add(acc_desc, [at + part * R, 0], buffer)
-            at += PARTS * R
+                if IN_TURN and part == 0:
+                    wait_for_turn(order, place, index, lo + t, BM, BN)
+                tma_reduce_add(acc_desc, [(index * PARTS + part) * R, 0], buffer)
+            if IN_TURN:
+                pass_turn(order, index)
+            index += 1
             i += 1
-        at += (tiles - n) * PARTS * R
+        index += tiles - n
     everyone_arrive(DONE)
     tma_store_wait(0)
 
@@ -594,17 +666,17 @@ def program_tile(tiles, rows, together):
 
 @gluon.jit(do_not_specialize=["rows", "heads_kv", "group", "seq_q", "seq_kv", "left", "right", "together"])
 def gluon_gradients_fused(
-    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, stats_desc, acc_desc,
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, stats_desc, acc_desc, turns,
     rows, heads_kv, group, seq_q, seq_kv, left, right, together, factor, cap, scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, GROUPED: gl.constexpr, SOFTCAP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    DQ: gl.constexpr, APART: gl.constexpr, PIPELINED: gl.constexpr, AHEAD: gl.constexpr, EARLY: gl.constexpr, LSE_FIRST: gl.constexpr,
-    DELTA_FIRST: gl.constexpr, DV_LATE: gl.constexpr, DK_LATE: gl.constexpr, RESIDENT: gl.constexpr,
+    DQ: gl.constexpr, APART: gl.constexpr, DQ_LATE: gl.constexpr, IN_TURN: gl.constexpr, EARLY: gl.constexpr,
+    LSE_FIRST: gl.constexpr, DV_LATE: gl.constexpr, RESIDENT: gl.constexpr,
 ):  # fmt: skip
     """dv = sum p^T dO and dk = sum ds^T Q of 128 keys, all query heads that share them; with DQ, dQ += ds K.
 
     dQ goes to acc_desc in float32, a tile after the other, each in the order in which threads hold it. With APART a
-    group of its own computes it.
+    group of its own computes it. With IN_TURN the programs add to a tile in the order of their keys; turns counts them.
     """
     dtype: gl.constexpr = q_desc.dtype
     L: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -614,7 +686,7 @@ def gluon_gradients_fused(
     k_tile = gl.allocate_shared_memory(dtype, [1, BN, D], L)
     v_tile = gl.allocate_shared_memory(dtype, [1, BN, D], L)
     stats_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BM], stats_desc.layout)
-    ds_ring = gl.allocate_shared_memory(dtype, [2 if APART else 1, BN if DQ else 8, BM], L)
+    ds_ring = gl.allocate_shared_memory(dtype, [2 if APART or DQ_LATE else 1, BN if DQ else 8, BM], L)
     staging = gl.allocate_shared_memory(gl.float32, [2, acc_desc.block_type.shape[0], 32], acc_desc.layout)
     ds_free = gl.allocate_shared_memory(gl.int64, [2, 1], B)
     k_full = gl.allocate_shared_memory(gl.int64, [1, 1], B)
@@ -636,7 +708,7 @@ def gluon_gradients_fused(
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
     SHAPE: gl.constexpr = (BM, BN, D, STAGES)
     HOW: gl.constexpr = (
-        DQ and not APART, APART, PIPELINED, AHEAD, EARLY, LSE_FIRST, DELTA_FIRST, DV_LATE, DK_LATE, RESIDENT, SOFTCAP,
+        DQ and not APART, APART, DQ_LATE, EARLY, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP,
     )  # fmt: skip
     lo, full_lo, full_hi, hi = query_range(tile * BN, seq_q, seq_kv, band, BM, BN, MASKS)
     steps = (full_lo - lo, full_hi - lo, hi - lo)
@@ -645,16 +717,17 @@ def gluon_gradients_fused(
     rings = (q_ring, do_ring, stats_ring, q_full, do_full)
     kv = (k_tile, v_tile, k_full, v_full)
     ds_tile = (ds_ring, ds_free)
+    order = (turns, seq_kv - seq_q - left if LEFT else -seq_q)  # row i sees no key before i + order[1]
     if APART:
         gl.warp_specialize([
-            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), acc_desc, rings, kv, staging, place, walk, SHAPE, DQ and not APART)),
+            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), acc_desc, rings, kv, staging, place, walk, order, SHAPE, DQ and not APART, DQ_LATE, IN_TURN)),
             (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
             (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
-            (dq_group, (acc_desc, kv, ds_tile, staging, walk, place, SHAPE)),
+            (dq_group, (acc_desc, kv, ds_tile, staging, walk, place, order, SHAPE, IN_TURN)),
         ], [4, 4, 4], [208, 208, 72])  # fmt: skip
     else:
         gl.warp_specialize([
-            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), acc_desc, rings, kv, staging, place, walk, SHAPE, DQ and not APART)),
+            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), acc_desc, rings, kv, staging, place, walk, order, SHAPE, DQ and not APART, DQ_LATE, IN_TURN)),
             (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
             (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
         ], [4, 4], [240, 240])  # fmt: skip
@@ -1061,7 +1134,7 @@ def gluon_row_statistics(
 
     factor is log2(e), or what makes of lse a value that s can begin with. lse is +inf where there is no row and where a row saw no key: exp2(s - lse) is 0 there, without a mask.
     """
-    pid = tl.program_id(0)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # the next kernel begins with what is written last, in the L2 cache
     blocks = rows_padded // ROWS
     head_row = pid // blocks
     batch = (head_row // heads).to(tl.int64)
@@ -1094,7 +1167,7 @@ def gluon_round_dq(
     EVEN: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One part, 64 x N, of one query tile of dQ: from the order in which threads held it to rows, scaled, rounded."""
-    pid = tl.program_id(0)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # what was added up last may still lie in the L2 cache
     PARTS: tl.constexpr = BM * D // (64 * N)
     x = tl.load(acc + pid.to(tl.int64) * (64 * N) + tl.arange(0, 64 * N))
     x = x.reshape(4, N // 8, 8, 4, 2, 2).permute(0, 4, 2, 1, 3, 5).reshape(64, N)

@@ -15,51 +15,50 @@ from flash2.core.contract import TORCH_DTYPES, Spec, spec_of
 from flash2.core.problem import Problem
 
 TILE = 128  # queries: statistics and the accumulator of dQ are padded to whole ones
+BLOCKS = 132  # of a Hopper GPU at work at a time
+L2_SHARE = 40 << 20  # of 50 MB: bytes of Q, dO and dQ's accumulator in use at a time
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """How the gradients are computed. Fused: five products, dQ added up by atomics; else two kernels and seven products.
+    """How the gradients are computed. Fused: five products, dQ added up in float32; else two kernels and seven products.
 
-    block_m, stages: queries a tile, and tiles in flight, of the kernel that owns keys. pipelined: the next tile's
-    scores begin behind this tile's dQ. ahead: they begin before this tile's softmax (apart; three stages). early: dP is issued wholly before the softmax. lse_first, delta_first: the
-    accumulators of S and dP begin with -lse and -delta. apart: dQ is computed by a third group (fused). dv_late: dV's product begins behind dS. dk_late: dK's product runs behind dQ's, beside the
-    staging of dQ (fused and pipelined; ptxas 12.8 crashes over it, 13.0 does not).
+    block_m, stages: queries a tile, and tiles in flight, of the kernel that owns keys. early: dP is issued wholly
+    before the softmax. lse_first: the accumulator of S begins with -lse. dv_late: dV's product begins behind dS.
+    Fused: apart: dQ is computed by a third group; dq_late: a step later, beside the softmax; in_turn: added up in the
+    order of the keys, which makes it deterministic.
     block_n, k_stages, v_stages: keys a tile, and tiles in flight, of the kernel that owns queries. resident_q:
     Q and dO are register operands there; resident_kv: K and V, in the kernel that owns keys. together: how many
-    heads' tiles take turns in the grid. parts: the batch is taken in so many parts, one after the other, so that
-    dQ's accumulator is smaller, and stays in the L2 cache.
+    heads' tiles take turns in the grid; 0 is as many as it takes to end without a long tail.
     """
 
     fused: bool
     block_m: int
     stages: int = 2
-    pipelined: bool = True
-    ahead: bool = False
     early: bool = False
     lse_first: bool = False
-    delta_first: bool = True
-    apart: bool = False
     dv_late: bool = False
-    dk_late: bool = False
+    apart: bool = False
+    dq_late: bool = False
+    in_turn: bool = False
     block_n: int = 64
     k_stages: int = 2
     v_stages: int = 2
     resident_q: bool = False
     resident_kv: bool = False
-    together: int = 1
-    parts: int = 1
+    together: int = 0
 
     def __str__(self) -> str:
         resident = f"{' Q and dO resident' * self.resident_q}{' K and V resident' * self.resident_kv}"
+        first = " lse first" * self.lse_first
         if self.fused:
-            how = f"{self.block_m}x128 s{self.stages}{' pipelined' * self.pipelined}{' ahead' * self.ahead}{' early' * self.early}{' lse first' * self.lse_first}{' delta first' * self.delta_first}{' dk late' * self.dk_late}{' dv late' * self.dv_late}{' dQ apart' * self.apart}"
-            return f"fused, {how}{resident}, dQ by float32 atomics: not deterministic"
-        how = f"{' lse first' * self.lse_first}{resident}"
-        return f"two kernels, tiles of {self.block_m} queries and {self.block_n} keys{how}: deterministic"
+            how = f"{self.block_m}x128 s{self.stages}{' early' * self.early}{first}{' dV late' * self.dv_late}{' dQ apart' * self.apart}{' dQ late' * self.dq_late}"
+            order = "in turn: deterministic" if self.in_turn else "by float32 atomics: not deterministic"
+            return f"fused, {how}{resident}, dQ {order}"
+        return f"two kernels, tiles of {self.block_m} queries and {self.block_n} keys{first}{resident}: deterministic"
 
 
-def choose(block_d: int, softcap: bool, deterministic: bool) -> Config:
+def choose(block_d: int, softcap: bool, deterministic: bool, causal: bool = False, seq: int = 0) -> Config:
     """The configuration for a head_dim padded to block_d. A softcap's slope takes registers: its tiles are smaller."""
     if block_d == 256:  # dK, dV and dQ of one tile do not fit together: the deterministic way is the fast one
         return Config(fused=False, block_m=64, block_n=32 if softcap else 64, v_stages=1)
@@ -67,10 +66,15 @@ def choose(block_d: int, softcap: bool, deterministic: bool) -> Config:
         if deterministic:
             return Config(fused=False, block_m=64, stages=3, early=True)
         return Config(fused=True, block_m=64)
-    block_m = 64 if softcap else 128
     if deterministic:
-        return Config(fused=False, block_m=block_m, early=True, block_n=block_m)
-    return Config(fused=True, block_m=block_m)
+        block_m = 64 if softcap else 128
+        return Config(fused=False, block_m=block_m, early=True, block_n=block_m, lse_first=not causal)
+    if softcap:
+        return Config(fused=True, block_m=64)
+    late = causal and seq > 2048
+    return Config(
+        fused=True, block_m=64, stages=3, lse_first=True, apart=True, resident_kv=True, early=not late, dv_late=late
+    )
 
 
 def differentiate(
@@ -89,31 +93,19 @@ def differentiate(
         "bwd", layout(do), layout(q), layout(k), layout(v), layout(o), lse.data_ptr() % 16, dq.stride(), dk.stride(),
         dv.stride(), q.dtype, q.get_device(), spec.scale, spec.causal, spec.window, spec.softcap, deterministic, config,
     )  # fmt: skip
-    each = [(do, q, k, v, o, lse, dq, dk, dv)]
-    if config is not None and config.parts > 1:
-        each = parted(each[0], config.parts)
     plan = launch._plans.get(call_key)
     if plan is None:
-        do, q, k, v, o, lse, *outputs = each[0]
-        plan = remember(call_key, plan_backward(do, q, k, v, o, *outputs, spec, deterministic, config))
+        plan = remember(call_key, plan_backward(do, q, k, v, o, dq, dk, dv, spec, deterministic, config))
     stats = torch.empty(plan.stats_size, dtype=torch.float32, device=q.device)
     acc = stats.view(-1, 32)
     if plan.fused:
         acc = torch.empty((plan.stats_size * plan.width // 64, 32), dtype=torch.float32, device=q.device)
-    for part in each:
-        for step, arguments in plan.steps(*part, stats, acc):
-            step(*arguments)
+    turns = stats
+    if plan.turns:
+        turns = torch.zeros(plan.turns, dtype=torch.int32, device=q.device)
+    for step, arguments in plan.steps(do, q, k, v, o, lse, dq, dk, dv, stats, acc, turns):
+        step(*arguments)
     return dq, dk, dv
-
-
-def parted(tensors: tuple, parts: int) -> list[tuple]:
-    """The tensors of each part of the batch; all of it where the parts are not alike. They share a plan: the addresses
-    of o and lse, which are no descriptors, must be as aligned as the first part's."""
-    _, q, _, _, o, lse, *_ = tensors
-    batch = q.shape[0] // parts
-    if q.shape[0] % parts or any(x.stride(0) * batch % 8 for x in (o, lse)):
-        return [tensors]
-    return list(zip(*(x.split(batch) for x in tensors), strict=True))
 
 
 class Plan(NamedTuple):
@@ -122,16 +114,17 @@ class Plan(NamedTuple):
     fused: bool
     width: int  # the head_dim that the kernels compute with
     stats_size: int  # float32: two numbers a query, padded
+    turns: int  # how many query tiles are added up in turn
     statistics: Launch
     kv: Launch
     q: Launch
 
-    def steps(self, do, q, k, v, o, lse, dq, dk, dv, stats, acc) -> tuple:
-        """(launch, its tensors) in their order; acc is dQ's accumulator, or anything if not fused."""
+    def steps(self, do, q, k, v, o, lse, dq, dk, dv, stats, acc, turns) -> tuple:
+        """(launch, its tensors) in their order; acc is dQ's accumulator, or anything if not fused, as turns is."""
         owned_keys = (q, k, v, do, dk, dv, stats)
         return (
             (self.statistics, (o, do, lse, stats, acc)),
-            (self.kv, owned_keys if self.width == 256 else (*owned_keys, acc)),
+            (self.kv, owned_keys if self.width == 256 else (*owned_keys, acc, turns)),
             (self.q, (dq, acc) if self.fused else (q, k, v, do, dq, stats)),
         )
 
@@ -144,7 +137,7 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     left, right = spec.band
     LEFT = left is not None and left < seq_kv - 1  # else it hides nothing
     RIGHT = right is not None and right < seq_q - 1
-    how = config or choose(d, spec.softcap != 0, deterministic)
+    how = config or choose(d, spec.softcap != 0, deterministic, RIGHT, seq_q)
     factor, cap = spec.scale * LOG2E, 0.0
     if spec.softcap:
         factor, cap = 2 * spec.scale * LOG2E / spec.softcap, spec.softcap * LOG2E
@@ -155,7 +148,10 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     m = how.block_m
     columns = 64 if how.apart else d * m // 128  # of the parts, of 64 rows, in which dQ is added up
     even = seq_q == padded and head_dim == d
-    sizes = (group, seq_q, seq_kv, left if LEFT else 0, right if RIGHT else 0, how.together, factor, cap, spec.scale)
+    together = how.together
+    if not together:
+        together = heads_together(group * seq_q * d * (8 if how.fused else 4), seq_kv, RIGHT and not LEFT)
+    sizes = (group, seq_q, seq_kv, left if LEFT else 0, right if RIGHT else 0, together, factor, cap, spec.scale)
     features = {"LEFT": LEFT, "RIGHT": RIGHT, "SOFTCAP": spec.softcap != 0}
 
     per_program = 4096 // d
@@ -178,10 +174,10 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     else:
         kv = Launch(
             backward.gluon_gradients_fused, (batch * heads_kv * -(-seq_kv // 128),),
-            ((m, d), (128, d), (128, d), (m, d), (64, d), (64, d), (2 * m,), (2 * columns if how.fused else 8, 32)),
+            ((m, d), (128, d), (128, d), (m, d), (64, d), (64, d), (2 * m,), (2 * columns if how.fused else 8, 32), None),
             (batch * heads_kv, heads_kv, *sizes),
-            dict(constants, BM=m, BN=128, DQ=how.fused, APART=how.apart, PIPELINED=how.pipelined, AHEAD=how.ahead, EARLY=how.early, LSE_FIRST=lse_first,
-                 DELTA_FIRST=how.delta_first, DV_LATE=how.dv_late, DK_LATE=how.dk_late, RESIDENT=how.resident_kv),
+            dict(constants, BM=m, BN=128, DQ=how.fused, APART=how.apart, DQ_LATE=how.dq_late, IN_TURN=how.in_turn,
+                 EARLY=how.early, LSE_FIRST=lse_first, DV_LATE=how.dv_late, RESIDENT=how.resident_kv),
         )  # fmt: skip
     if how.fused:
         gradients_q = Launch(
@@ -198,7 +194,18 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
             dict(features, TAIL=seq_kv % n != 0, D=d, BM=m, BN=n, K_STAGES=how.k_stages, V_STAGES=how.v_stages,
                  LSE_FIRST=lse_first, RESIDENT=how.resident_q),
         )  # fmt: skip
-    return Plan(how.fused, d, rows * padded * 2, statistics, kv, gradients_q)
+    return Plan(how.fused, d, rows * padded * 2, rows * padded // m * how.in_turn, statistics, kv, gradients_q)
+
+
+def heads_together(nbytes: int, seq_kv: int, uneven: bool) -> int:
+    """How many heads' tiles take turns in the grid; nbytes: of Q, dO and dQ's accumulator of heads that share keys.
+
+    Where tiles are uneven, the longest of the last heads should start when there is as much left to do. What is read
+    and added to again and again should stay in the L2 cache.
+    """
+    if not uneven:
+        return 1
+    return max(1, min(2 * BLOCKS // -(-seq_kv // TILE), L2_SHARE // nbytes))
 
 
 class Launch(launch.Launch):
@@ -221,15 +228,22 @@ def described_by(x: torch.Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(tile), shared)
 
 
+def chosen(problem: Problem, deterministic: bool) -> Config:
+    """The configuration of a backward."""
+    right = spec_of(problem.replace(alibi=False)).band[1]
+    causal = right is not None and right < problem.seq_q - 1
+    return choose(block_d(problem.head_dim), problem.softcap != 0, deterministic, causal, problem.seq_q)
+
+
 def described(problem: Problem, deterministic: bool = False) -> list[str]:
     """How the gradients of `problem` are computed, for `explain`."""
-    return [f"bwd: {choose(block_d(problem.head_dim), problem.softcap != 0, deterministic)}"]
+    return [f"bwd: {chosen(problem, deterministic)}"]
 
 
 def scratch_bytes(problem: Problem, deterministic: bool = False) -> int:
     """Device memory a backward takes beyond inputs and outputs: row statistics and, if fused, dQ's accumulator."""
     rows, d = problem.batch * problem.heads_q * -(-problem.seq_q // TILE) * TILE, block_d(problem.head_dim)
-    return 4 * rows * (2 + (d if choose(d, problem.softcap != 0, deterministic).fused else 0))
+    return 4 * rows * (2 + (d if chosen(problem, deterministic).fused else 0))
 
 
 def planned(problem: Problem, deterministic: bool, config: Config | None = None) -> dict[str, tuple[Launch, tuple]]:
@@ -242,5 +256,6 @@ def planned(problem: Problem, deterministic: bool, config: Config | None = None)
         plan = plan_backward(q, q, k, k, q, q, k, k, spec_of(problem), deterministic, config)
         stats = torch.empty(plan.stats_size, dtype=torch.float32)
         acc = torch.empty((plan.stats_size * plan.width // 64, 32), dtype=torch.float32)
-    steps = plan.steps(q, q, k, k, q, lse, q, k, k, stats, acc)
+        turns = torch.empty(max(1, plan.turns), dtype=torch.int32)
+    steps = plan.steps(q, q, k, k, q, lse, q, k, k, stats, acc, turns)
     return dict(zip(("statistics", "kv", "q"), steps, strict=True))

@@ -147,14 +147,17 @@ VARIANTS = [
 
 
 Fused = functools.partial(gradients.Config, fused=True)
+KV_RESIDENT = {"block_m": 64, "stages": 3, "lse_first": True, "apart": True, "resident_kv": True}
 VARIANTS += [
-    (64, Fused(block_m=128, lse_first=True, dv_late=True, dk_late=True)),
-    (64, Fused(block_m=64, lse_first=True, apart=True, ahead=True, stages=3)),
-    (64, Fused(block_m=64, delta_first=False, apart=True, dv_late=True, stages=3)),
-    (128, Fused(block_m=64, lse_first=True, dk_late=True, early=True)),
-    (128, Fused(block_m=64, pipelined=False, dv_late=True, dk_late=True)),
-    (128, Fused(block_m=64, lse_first=True, parts=2)),
-    (64, Fused(block_m=64, lse_first=True, apart=True, resident_kv=True, stages=3)),
+    (64, Fused(block_m=128, lse_first=True, dv_late=True)),
+    (64, Fused(block_m=64, apart=True, dv_late=True, stages=3)),
+    (64, Fused(block_m=128, lse_first=True, dq_late=True)),
+    (64, Fused(**KV_RESIDENT, early=True)),
+    (64, Fused(**KV_RESIDENT, early=True, in_turn=True)),
+    (128, Fused(block_m=64, dq_late=True)),
+    (128, Fused(block_m=64, dq_late=True, stages=3, early=True, lse_first=True)),
+    (128, Fused(block_m=64, dq_late=True, in_turn=True)),
+    (128, Fused(block_m=64, in_turn=True)),
     (64, gradients.Config(fused=False, block_m=128, block_n=128, lse_first=True)),
     (128, gradients.Config(fused=False, block_m=64, stages=3, early=True, lse_first=True, resident_q=True)),
 ]
@@ -187,7 +190,8 @@ class Fault:
 F128, F256 = (128, "causal", FORWARD), (256, "rest", FORWARD)
 B128, D128, D256 = (128, "causal", BACKWARD), (128, "causal", DETERMINISTIC), (256, "causal", DETERMINISTIC)
 B64 = (64, "causal", BACKWARD)
-APART = {"block_m": 64, "stages": 3, "lse_first": True, "apart": True, "ahead": True}
+APART = {"block_m": 64, "stages": 3, "lse_first": True, "apart": True}
+LATE = {"block_m": 64, "dq_late": True}
 RELEASE_K = "    bar_arrive(slot + k_free(KV_SLOTS), 128 * (GROUPS + 1))\n"
 RELEASE_V = "        bar_arrive(v_slot + v_free(KV_SLOTS), THREADS)\n"
 FAULTS = [
@@ -269,12 +273,11 @@ FAULTS = [
     Fault("dS is stored without a fence", "backward.fused_step",
           "fence_async_shared()\n        consumers_sync(DS_READY)", "consumers_sync(DS_READY)",
           r"no fence: fused_consumer \d reads ds_ring", B128),
-    Fault("dQ is staged without a fence", "backward.fused_step",
-          "        fence_async_shared()\n        everyone_arrive(STAGED)", "        everyone_arrive(STAGED)",
+    Fault("dQ is staged without a fence", "backward.stage_dq", "fence_async_shared()", "pass",
           r"no fence: fused_producer reads staging", B128),
     Fault("dQ's staging is released before it has left", "backward.fused_producer",
-          "            tma_store_wait(0)\n            if i + 1 < total:\n                everyone_arrive(DQ_TAKEN)",
-          "            if i + 1 < total:\n                everyone_arrive(DQ_TAKEN)\n            tma_store_wait(0)",
+          "            else:\n                tma_store_wait(0)\n            if done + 1 < total:\n                everyone_arrive(DQ_TAKEN)\n",
+          "            if done + 1 < total:\n                everyone_arrive(DQ_TAKEN)\n            tma_store_wait(0)\n",
           r"fused_consumer \d writes staging.*while a TMA store of fused_producer reads it|race", B128),
     Fault("the statistics' bytes are not expected", "backward.load_queries",
           "q_desc.block_type.nbytes + stats_desc.block_type.nbytes", "q_desc.block_type.nbytes",
@@ -306,6 +309,22 @@ FAULTS = [
           r"writes k_tile.*while a wgmma|race: .* k_tile|deadlock", B64, APART),
     Fault("the next scores begin before their Q is there", "backward.issue_scores",
           "mbarrier.wait(q_full.index(b), (i // STAGES) & 1, pred=i < total)", "pass", r"race: .*(q_ring|stats_ring)|a TMA load writes q_ring", B64, APART),
+    # backward: fused, dQ a step late
+    Fault("last step's dS is read before it is there", "backward.fused_step", "pair_sync(HANDED + 2 * late + 1 - CID)",
+          "pass", r"race: fused_consumer \d (reads|writes) ds_ring|writes ds_ring|arrives twice|deadlock", B128, LATE),
+    Fault("dS is handed over too late for its fence", "backward.fused_step",
+          "fence_async_shared()\n            pair_arrive", "pair_arrive", r"no fence: fused_consumer \d reads ds_ring", B128, LATE),
+    Fault("Q is loaded while dK is computed of it", "backward.fused_producer",
+          "                    everyone_sync(FREE + i % STAGES)\n", "", r"a TMA load writes (q|do|stats)_ring|arrives twice|race", B128, LATE),
+    Fault("dQ of nothing is added", "backward.fused_producer", "done = i - 1", "done = i", r"T1|T2|T3|nan|deadlock", B128, LATE),
+    Fault("the last dQ is forgotten", "backward.fused_producer", "total + 1, 0)", "total, 0)", r"T1|T2|T3|deadlock", B128, LATE),
+    # backward: fused, dQ in turn
+    Fault("a program waits for its own turn to be over", "backward.wait_for_turn",
+          "want = place[2] // BN -", "want = place[2] // BN + 1 -", r"deadlock: a program waits for one", B128, {**LATE, "in_turn": True}),
+    Fault("nobody passes the turn on", "backward.pass_turn", "    gl.atomic_add(turns + index, 1)\n", "",
+          r"deadlock: a program waits for one", B64, {**APART, "in_turn": True}),
+    Fault("the turn is passed before dQ has left", "backward.pass_turn", "cp.async.bulk.wait_group 0; fence", "fence",
+          r"writes staging.*while a TMA store|in flight|race", B128, {**LATE, "in_turn": True}),
     # backward: two kernels
     Fault("one barrier frees all stages", "backward.fused_producer", "everyone_sync(FREE + i % STAGES)",
           "everyone_sync(FREE)", r"deadlock|arrives twice", D128),
