@@ -9,6 +9,7 @@ are constants themselves from 3.9 on only if they are annotated before.
 import re
 import types
 
+import triton
 from triton.experimental import gluon as _gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
@@ -23,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 __all__ = [
     "FIRST_BARRIER",
+    "ROOMY",
     "TensorDescriptor",
     "fence_async_shared",
     "gl",
@@ -41,6 +43,9 @@ __all__ = [
 # Of the 16 named barriers of a block Triton takes 0 for the default partition, 1 to hand work to the others, and
 # one for each of up to three worker partitions.
 FIRST_BARRIER = gl.constexpr(5)
+
+# Does the ptxas of this Triton, that of 3.6, find registers for Q beside a large O? Later ones spill.
+ROOMY = triton.__version__.startswith("3.6.")
 
 _UNPACKED = re.compile(r"^( +)((?:\w+, )+\w+) = ([A-Z]+)(?=\s*(?:#.*)?$)", re.MULTILINE)
 

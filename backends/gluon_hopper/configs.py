@@ -60,17 +60,19 @@ def block_d(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
-def forward(head_dim: int, *, causal: bool, ragged: bool, seq: int) -> ForwardConfig:
+def forward(head_dim: int, *, causal: bool, ragged: bool, seq: int, roomy: bool = True) -> ForwardConfig:
     """The configuration for keys of length `seq`. causal: there is an edge on the right. ragged: there is another one, a
-    window's on the left, or without a causal one the end of the keys, and masks for it want registers."""
+    window's on the left, or without a causal one the end of the keys, and masks for it want registers. roomy: there are
+    registers for Q beside an O of more than 64 columns (compat.ROOMY)."""
     width = block_d(head_dim)
     if width == 256:
-        return ForwardConfig(block_n=64, q_slots=0, q_columns=128, overlap=False)
+        return ForwardConfig(block_n=64, q_slots=0, q_columns=128 if roomy else 0, overlap=False)
     if seq < 1024:
         if causal:
             narrow = ForwardConfig(block_n=64, kv_slots=3)
             return narrow if width == 64 else narrow.replace(q_slots=1, q_columns=128)
         return ForwardConfig(overlap=False) if width == 128 else ForwardConfig(overlap=False, q_slots=1, q_columns=64)
     if width == 128:
-        return ForwardConfig(q_slots=1, q_columns=128, ordered=False)
+        config = ForwardConfig(ordered=False)
+        return config.replace(q_slots=1, q_columns=128) if roomy else config
     return ForwardConfig(overlap=False, q_slots=1, q_columns=64) if ragged else ForwardConfig(groups=3, ordered=False)

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from flash2.backends.gluon_hopper import configs, forward, schedule
-from flash2.backends.gluon_hopper.compat import TensorDescriptor, gl
+from flash2.backends.gluon_hopper.compat import ROOMY, TensorDescriptor, gl
 from flash2.backends.gluon_hopper.configs import ForwardConfig
 from flash2.core import quick
 from flash2.core.contract import Spec, spec_of
@@ -255,7 +255,7 @@ def chosen(spec: Spec, q_shape: torch.Size | tuple, seq_kv: int) -> ForwardConfi
     """The configuration of a forward."""
     band = band_of(spec, q_shape[2], seq_kv, 128)
     ragged = band.left or (band.tail and not band.right)
-    return configs.forward(q_shape[3], causal=band.right, ragged=ragged, seq=seq_kv)
+    return configs.forward(q_shape[3], causal=band.right, ragged=ragged, seq=seq_kv, roomy=ROOMY)
 
 
 _multiprocessors: dict[torch.device, int] = {}

@@ -37,8 +37,6 @@ SPILLING: dict[str, dict[str, int]] = {
     "3.9": {
         "kv-d64-causal": 24,
         "kv-d64-causal-deterministic": 16,
-        "fwd-d128-full-2048": 8,
-        "fwd-d128-causal-2048": 16,
         "q-d256-causal-deterministic": 8,
     },
 }

@@ -141,7 +141,10 @@ VARIANTS = [
     (64, Forward(block_n=64, q_slots=1, overlap=False, blocks=2)),
     (64, Forward(block_n=64, kv_slots=3, q_slots=1, q_columns=64, overlap=False)),
     (128, Forward(q_slots=1, q_columns=64, overlap=False)),
+    (128, Forward(q_slots=1, q_columns=128, ordered=False)),
+    (128, Forward(ordered=False)),
     (256, Forward(block_n=64, q_slots=0)),
+    (256, Forward(block_n=64, q_slots=0, q_columns=128, overlap=False)),
     (256, Forward(block_n=128, kv_slots=1, q_slots=0, overlap=False)),
 ]
 
