@@ -144,13 +144,13 @@ TABLES = {
         fwd   tf32        64 dressed      128x64 w8 s2 tma one_loop prepared
         fwd   tf32       128 full         128x64 w8 s2 tma one_loop prepared
         fwd   tf32       128 masked       128x64 w8 s2 tma one_loop prepared
-        dkdv  tf32        64 full         64x128 w8 s3 tma
-        dkdv  tf32        64 masked       64x128 w8 s3 tma one_loop
+        dkdv  tf32        64 full         64x128 w8 s2 tma prepared
+        dkdv  tf32        64 masked       64x128 w8 s2 tma one_loop prepared
         dkdv  tf32       128 full         32x128 w8 s3 tma
         dkdv  tf32       128 masked       32x128 w8 s3 tma one_loop
-        dq    tf32        64 full         128x128 w8 s2 tma
+        dq    tf32        64 full         128x64 w8 s3 tma prepared
         dq    tf32        64 full/short   128x32 w8 s3 tma
-        dq    tf32        64 masked       128x64 w8 s3 tma one_loop
+        dq    tf32        64 masked       128x64 w8 s3 tma prepared
         dq    tf32        64 masked/short 128x32 w8 s3 tma one_loop
         dq    tf32       128 full         128x32 w8 s3 tma
         dq    tf32       128 masked       128x32 w8 s3 tma one_loop
