@@ -270,12 +270,14 @@ def boolean_mask(band: Window, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor
 
 def dense(x: torch.Tensor) -> torch.Tensor:
     """x where the fused kernels read it right, else a dense copy (differentiable). They need a last stride
-    of 1; those of CUDA load 16 bytes at a time and trip over stride 0 (pytorch#191937)."""
+    of 1; those of CUDA load 16 bytes at a time and trip over stride 0 (pytorch#191937), and the efficient one's
+    offsets of rows have 32 bits."""
     lanes = 16 // x.element_size()
     if not x.is_cuda or x.shape[-1] % lanes:  # on CUDA torch pads such heads into a copy of its own, or refuses them
         return x if x.stride(-1) == 1 else x.contiguous()
     steps = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step and step % lanes == 0 for step in steps):
+    near = x.shape[2] * x.stride(2) <= INDEX_LIMIT
+    if near and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step and step % lanes == 0 for step in steps):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
