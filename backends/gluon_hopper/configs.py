@@ -14,8 +14,7 @@ class ForwardConfig:
     of K and V and of Q; q_slots 0 is one that o leaves through too. q_columns: so many columns of Q (0, half or all of
     those computed) are a register operand of Q K^T. overlap: a group's softmax runs beside its own P V, not beside the
     other groups' products alone. ordered: the wait for P V stands behind the exponentials, where ptxas cannot move it.
-    turns: the groups alternate at the tensor cores. blocks: so many on a multiprocessor. staggered: where row tiles
-    differ in length, blocks beside each other begin with different ones.
+    turns: the groups alternate at the tensor cores. blocks: so many on a multiprocessor.
     """
 
     groups: int = 2
@@ -27,7 +26,6 @@ class ForwardConfig:
     ordered: bool = True
     turns: bool = True
     blocks: int = 1
-    staggered: bool = False
 
     @property
     def block_m(self) -> int:
@@ -45,7 +43,7 @@ class ForwardConfig:
         return {"num_warps": 4} if self.blocks == 1 else {"num_warps": 4, "maxnreg": 80}
 
     def __str__(self) -> str:
-        named = "".join(f" {flag}" for flag in ("overlap", "ordered", "turns", "staggered") if getattr(self, flag))
+        named = "".join(f" {flag}" for flag in ("overlap", "ordered", "turns") if getattr(self, flag))
         registers = f" q_columns {self.q_columns}" if self.q_columns else ""
         twice = f" {self.blocks} blocks" if self.blocks > 1 else ""
         return f"{self.block_m}x{self.block_n} k{self.kv_slots} q{self.q_slots}{registers}{named}{twice}"
@@ -68,6 +66,8 @@ def forward(head_dim: int, *, causal: bool, ragged: bool, seq: int, roomy: bool 
     if width == 256:
         return ForwardConfig(block_n=64, q_slots=0, q_columns=128 if roomy else 0, overlap=False)
     if seq < 1024:
+        if causal and width == 64 and not ragged:
+            return ForwardConfig(block_n=64, overlap=False, blocks=2)
         if causal:
             narrow = ForwardConfig(block_n=64, kv_slots=3)
             return narrow if width == 64 else narrow.replace(q_slots=1, q_columns=128)

@@ -15,7 +15,7 @@ from flash2.core.contract import TORCH_DTYPES, Spec, spec_of
 from flash2.core.problem import Problem
 
 TILE = 128  # queries: statistics and the accumulator of dQ are padded to whole ones
-BLOCKS = 132  # of a Hopper GPU at work at a time
+TOGETHER = 4  # heads whose tiles take turns where tiles are uneven
 L2_SHARE = 40 << 20  # of 50 MB: bytes of Q, dO and dQ's accumulator in use at a time
 
 
@@ -29,7 +29,7 @@ class Config:
     order of the keys, which makes it deterministic.
     block_n, k_stages, v_stages: keys a tile, and tiles in flight, of the kernel that owns queries. resident_q:
     Q and dO are register operands there; resident_kv: K and V, in the kernel that owns keys. together: how many
-    heads' tiles take turns in the grid; 0 is as many as it takes to end without a long tail.
+    heads' tiles take turns in the grid; 0: 1, or a few where a causal mask makes tiles uneven.
     """
 
     fused: bool
@@ -65,16 +65,18 @@ def choose(block_d: int, softcap: bool, deterministic: bool, causal: bool = Fals
     if block_d == 128:
         if deterministic:
             return Config(fused=False, block_m=64, stages=3, early=True)
-        return Config(fused=True, block_m=64)
+        late = not softcap
+        return Config(fused=True, block_m=64, lse_first=late, early=late, dq_late=late)
     if deterministic:
         block_m = 64 if softcap else 128
         return Config(fused=False, block_m=block_m, early=True, block_n=block_m, lse_first=not causal)
     if softcap:
         return Config(fused=True, block_m=64)
-    late = causal and seq > 2048
+    short = causal and seq <= 1024
     return Config(
-        fused=True, block_m=64, stages=3, lse_first=True, apart=True, resident_kv=True, early=not late, dv_late=late
-    )
+        fused=True, block_m=64, stages=3, lse_first=True, apart=True, resident_kv=True,
+        early=short or not causal, dv_late=not short,
+    )  # fmt: skip
 
 
 def differentiate(
@@ -150,7 +152,7 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     even = seq_q == padded and head_dim == d
     together = how.together
     if not together:
-        together = heads_together(group * seq_q * d * (8 if how.fused else 4), seq_kv, RIGHT and not LEFT)
+        together = heads_together(group * seq_q * d * (8 if how.fused else 4), RIGHT and not LEFT)
     sizes = (group, seq_q, seq_kv, left if LEFT else 0, right if RIGHT else 0, together, factor, cap, spec.scale)
     features = {"LEFT": LEFT, "RIGHT": RIGHT, "SOFTCAP": spec.softcap != 0}
 
@@ -197,15 +199,13 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     return Plan(how.fused, d, rows * padded * 2, rows * padded // m * how.in_turn, statistics, kv, gradients_q)
 
 
-def heads_together(nbytes: int, seq_kv: int, uneven: bool) -> int:
+def heads_together(nbytes: int, uneven: bool) -> int:
     """How many heads' tiles take turns in the grid; nbytes: of Q, dO and dQ's accumulator of heads that share keys.
 
-    Where tiles are uneven, the longest of the last heads should start when there is as much left to do. What is read
-    and added to again and again should stay in the L2 cache.
+    Where tiles are uneven, the longest of a few heads start before the short ones of any. What is read and added to
+    again and again should stay in the L2 cache.
     """
-    if not uneven:
-        return 1
-    return max(1, min(2 * BLOCKS // -(-seq_kv // TILE), L2_SHARE // nbytes))
+    return max(1, min(TOGETHER, L2_SHARE // nbytes)) if uneven else 1
 
 
 class Launch(launch.Launch):

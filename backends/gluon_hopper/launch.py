@@ -283,13 +283,13 @@ def planned(
     if len(set(work)) == 1 or not schedule.fits(row_tiles, rows):
         return None, 0
     together = max(1, schedule.L2_SHARE // (4 * band.keys * head_dim)) * group
-    key = (tuple(work), rows, blocks, together, config.staggered, device)
+    key = (tuple(work), rows, blocks, together, device)
     if key not in _tables:
         if sum(table.numel() for table, _ in _tables.values()) > _TABLES_LIMIT:
             return None, 0
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None, 0  # a copy from the host has no place in a graph
-        entries, rounds = schedule.plan([n + 0.9 for n in work], rows, blocks, min(together, rows), config.staggered)
+        entries, rounds = schedule.plan([n + 0.9 for n in work], rows, blocks, min(together, rows))
         _tables[key] = torch.tensor(entries, dtype=torch.int32, device=device), rounds
     return _tables[key]
 

@@ -16,31 +16,22 @@ def fits(row_tiles: int, rows: int) -> bool:
     return row_tiles <= 1 << ROW_BITS and rows < 1 << (31 - ROW_BITS) and row_tiles * rows <= LIMIT
 
 
-def plan(
-    work: Sequence[float], rows: int, blocks: int, together: int, staggered: bool = False
-) -> tuple[list[int], int]:
+def plan(work: Sequence[float], rows: int, blocks: int, together: int) -> tuple[list[int], int]:
     """(table, rounds) for `blocks` blocks and the row tiles of `rows` heads, where work[m] is what row tile m costs.
 
     table[round * blocks + block] is head << ROW_BITS | m, and after the rounds each block's number of them. Groups of
     `together` heads follow one another, so that their K and V are read from device memory once; in a group the longest
     tile goes first, to the block that has the least to do (Graham's rule: at most 4/3 of the best, here within 1 %).
-    staggered: of what a block does for a group, blocks beside each other begin with different tiles, as otherwise all
-    read new keys at the same time and nobody does later.
     """
     loads = [(0.0, block) for block in range(blocks)]
     mine: list[list[int]] = [[] for _ in range(blocks)]
     longest = sorted(range(len(work)), key=lambda m: -work[m])
     for first in range(0, rows, together):
-        before = [len(tiles) for tiles in mine]
         for m in longest:
             for row in range(first, min(first + together, rows)):
                 load, block = loads[0]
                 mine[block].append(row << ROW_BITS | m)
                 heapq.heapreplace(loads, (load + work[m], block))
-        for block in range(blocks) if staggered else ():
-            fresh = mine[block][before[block] :]
-            turn = block % max(1, len(fresh))
-            mine[block][before[block] :] = fresh[turn:] + fresh[:turn]
     rounds = max(map(len, mine))
     table = [tiles[r] if r < len(tiles) else 0 for r in range(rounds) for tiles in mine]
     return table + [len(tiles) for tiles in mine], rounds

@@ -24,6 +24,7 @@ FEATURES = {
     "full-rest": REST,
     "causal": {"causal": True},
     "causal-rest": {"causal": True, **REST},
+    "causal-short": {"causal": True, "seq_q": 512},
     "gqa": {"heads_kv": 2},
     "gqa-causal": {"heads_kv": 2, "causal": True},
     "window": {"causal": True, "window": (512, 0)},

@@ -137,7 +137,7 @@ def test_every_schedule_is_right(cell, request):
 Forward = configs.ForwardConfig
 VARIANTS = [
     (64, Forward(groups=3, overlap=False)),
-    (64, Forward(q_columns=32, overlap=False, turns=False, staggered=True)),
+    (64, Forward(q_columns=32, overlap=False, turns=False)),
     (64, Forward(block_n=64, q_slots=1, overlap=False, blocks=2)),
     (64, Forward(block_n=64, kv_slots=3, q_slots=1, q_columns=64, overlap=False)),
     (128, Forward(q_slots=1, q_columns=64, overlap=False)),
@@ -193,6 +193,7 @@ class Fault:
 F128, F256 = (128, "causal", FORWARD), (256, "rest", FORWARD)
 B128, D128, D256 = (128, "causal", BACKWARD), (128, "causal", DETERMINISTIC), (256, "causal", DETERMINISTIC)
 B64 = (64, "causal", BACKWARD)
+AT_ONCE = {"block_m": 64}  # dQ in the step whose dS it is of
 APART = {"block_m": 64, "stages": 3, "lse_first": True, "apart": True}
 LATE = {"block_m": 64, "dq_late": True}
 RELEASE_K = "    bar_arrive(slot + k_free(KV_SLOTS), 128 * (GROUPS + 1))\n"
@@ -272,10 +273,10 @@ FAULTS = [
           "        everyone_sync(DQ_TAKEN)\n", "",
           r"race: fused_consumer \d (reads|writes) ds_ring|writes ds_ring.*while a wgmma|arrives twice", B128),
     Fault("the other consumer's dS is not waited for", "backward.fused_step", "consumers_sync(DS_READY)", "pass",
-          r"race: fused_consumer \d (reads|writes) ds_ring|writes ds_ring.* while a wgmma", B128),
+          r"race: fused_consumer \d (reads|writes) ds_ring|writes ds_ring.* while a wgmma", B128, AT_ONCE),
     Fault("dS is stored without a fence", "backward.fused_step",
           "fence_async_shared()\n        consumers_sync(DS_READY)", "consumers_sync(DS_READY)",
-          r"no fence: fused_consumer \d reads ds_ring", B128),
+          r"no fence: fused_consumer \d reads ds_ring", B128, AT_ONCE),
     Fault("dQ is staged without a fence", "backward.stage_dq", "fence_async_shared()", "pass",
           r"no fence: fused_producer reads staging", B128),
     Fault("dQ's staging is released before it has left", "backward.fused_producer",
@@ -288,7 +289,7 @@ FAULTS = [
     Fault("dO is read before it is there", "backward.fused_step",
           "mbarrier.wait(do_full.index(b), (i // STAGES) & 1)", "pass", r"race: .*do_ring", B64),
     Fault("dK is staged over a K that the other consumer reads", "backward.fused_consumer",
-          "consumers_sync(DONE)", "pass", r"writes k_tile.*while a wgmma|race: .* k_tile", B128),
+          "consumers_sync(DONE)", "pass", r"writes k_tile.*while a wgmma|race: .* k_tile", B128, AT_ONCE),
     Fault("dK leaves without a fence", "backward.fused_consumer",
           "    fence_async_shared()\n    everyone_arrive(FINISHED)", "    everyone_arrive(FINISHED)",
           r"no fence: fused_\w+( \d)? reads [kv]_tile", B128),
