@@ -150,6 +150,6 @@ def _lacking() -> str | None:
     remedy = "pip install -U 'flash2-triton[numba-cuda]'"
     try:
         from numba import cuda
-    except (ImportError, AttributeError) as error:  # AttributeError: it is older than what numba needs
-        return f"numba-cuda does not load ({error}); {remedy}"
+    except Exception as error:  # whatever an installation that does not fit, or another module of that name, comes to
+        return f"numba-cuda does not load ({type(error).__name__}: {error}); {remedy}"
     return None if cuda.is_available() else f"numba-cuda finds no CUDA driver or no NVVM; {remedy}"

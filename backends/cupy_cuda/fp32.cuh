@@ -16,18 +16,19 @@ __device__ __forceinline__ Head head_of(const void *x, const Strides &s, int bat
 }
 
 // Rows start.. of a head, columns d.., as ROWS x COLUMNS floats; 0 past `seq` and past head_dim. In shared memory rows
-// are PITCH floats apart, and every GAP_ROWS rows 4 more.
-template <int ROWS, int COLUMNS, int PITCH, int GAP_ROWS = 0>
+// are PITCH floats apart, and every GAP_ROWS rows 4 more; odd ones are ODD further.
+template <int ROWS, int COLUMNS, int PITCH, int GAP_ROWS = 0, int ODD = 0>
 __device__ __forceinline__ void load_tile(float *to, const Head &head, int start, int seq, int d, int head_dim) {
     constexpr int ACROSS = COLUMNS / 4 < THREADS ? COLUMNS / 4 : THREADS;  // pieces of 16 bytes, side by side
     constexpr int STEP = THREADS / ACROSS;                                // rows at once
     static_assert(THREADS % ACROSS == 0 && COLUMNS % (4 * ACROSS) == 0, "a thread stays in its columns");
+    static_assert(ODD == 0 || STEP % 2 == 0, "a thread's rows are all odd or all even");
     constexpr bool EVEN = ROWS % STEP == 0 && (GAP_ROWS == 0 || STEP % GAP_ROWS == 0);
     const int first = threadIdx.x / ACROSS;
 #pragma unroll
     for (int part = 0; part < COLUMNS; part += 4 * ACROSS) {
         const int column = part + threadIdx.x % ACROSS * 4;
-        const u32 address = shared_address(to) + 4 * (first * PITCH + (GAP_ROWS ? first / GAP_ROWS * 4 : 0) + column);
+        const u32 address = shared_address(to) + 4 * (first * PITCH + first % 2 * ODD + (GAP_ROWS ? first / GAP_ROWS * 4 : 0) + column);
         const float *from = head.rows + (start + first) * head.stride + d + column;
         if (EVEN && start + ROWS <= seq && d + COLUMNS <= head_dim) {
 #pragma unroll

@@ -25,8 +25,8 @@ IEEE_TILES = {
     ("gradients_kv", 128): (T(128, 128, 8), T(128, 64, 4), T(128, 32, 2)),
     ("gradients_kv", 256): (T(256, 64, 8), T(256, 32, 4), T(256, 16, 2)),
     ("gradients_q", 64): (T(128, 64, 4), T(64, 64, 2)),
-    ("gradients_q", 128): (T(128, 128, 8, 3), T(64, 128, 4, 3), T(32, 128, 2, 3)),
-    ("gradients_q", 256): (T(64, 256, 8, 3), T(32, 256, 4, 3), T(16, 256, 2, 3)),
+    ("gradients_q", 128): (T(128, 128, 8), T(64, 128, 4), T(32, 128, 2)),
+    ("gradients_q", 256): (T(64, 256, 8), T(32, 256, 4), T(16, 256, 2)),
 }
 # With them a warp owns 16 or 32 rows. The forward's stages are single tiles of K or V, the gradients' are pairs.
 TF32_TILES = {
@@ -78,14 +78,9 @@ def ieee_shared(kernel: str, tile: Tile, block_d: int) -> int:
         return 0
     rows = tile.block_n if kernel == "gradients_kv" else tile.block_m
     staying = 2 if kernel == "forward" else 3
-    return 4 * (staying * rows * (block_d + 4) + tile.stages * block_d * (ieee_chunk(kernel, tile, block_d) + 1))
-
-
-def ieee_chunk(kernel: str, tile: Tile, block_d: int) -> int:
-    """Columns or rows in a piece, CHUNK of the sources."""
-    if kernel == "forward":
-        return 16 if block_d == 256 else 32
-    return 8 if block_d == 256 else 32 if block_d == 64 and tile.warps == 8 else 16
+    gap = 4 if block_d < 256 else 0  # between a tile's even and its odd rows
+    chunk = 32 if block_d < 256 else 8 if kernel == "gradients_kv" else 16  # columns or rows in a piece: CHUNK
+    return 4 * (staying * (rows * block_d + gap) + tile.stages * block_d * (chunk + 1))
 
 
 def tf32_shared(kernel: str, tile: Tile, block_d: int) -> int:

@@ -3,21 +3,24 @@
 // A warp owns 8 * TY rows, a thread 8 x 8 elements of them: rows ty, ty + TY, .. and columns 4 tx .. 4 tx + 3 of each
 // half of BLOCK_D columns. BLOCK_D is also the length of the other side's tile, so that products over head_dim (S, dP)
 // and over that tile (O, dQ, dK, dV) have one layout. Either takes 16 loads of 16 bytes for 256 FFMA, 4 FFMA a float.
-// Of a quarter warp's 8 lanes either all read one address or their addresses lie in different banks.
+// Lanes 2 n and 2 n + 1 read the same of the other side's tile, lanes n and n ^ 2 the same rows of their own one: only
+// so is a load of 16 bytes a thread served for 16 lanes at once, and both are free of bank conflicts.
 #pragma once
 #include "fp32.cuh"
 
 constexpr int TX = BLOCK_D / 8, TY = 32 / TX;
+constexpr int NEAR = TX == 32 ? 1 : 2;  // lanes of one row differ in the bits NEAR, 2 NEAR .. TX / 2 NEAR
 constexpr int ROWS = 8 * TY * WARPS;
-constexpr int PITCH = BLOCK_D + 4;  // of a tile that stays: rows next to each other start on different banks
-constexpr int TILE = ROWS * PITCH;
+// A tile that stays has its odd rows after its even ones, 16 bytes on, so that neighbours start on different banks.
+constexpr int PITCH = TY > 1 ? BLOCK_D / 2 : BLOCK_D, ODD = TY > 1 ? ROWS * PITCH + 4 - PITCH : 0;
+constexpr int TILE = ROWS * BLOCK_D + (TY > 1 ? 4 : 0);
 // What a loop reads comes in pieces of CHUNK columns of a tile's BLOCK_D rows, with a gap of 16 bytes every 4 rows, or of
 // CHUNK whole rows.
 constexpr int STAGE = BLOCK_D * CHUNK + BLOCK_D;
 constexpr int CHUNKS = BLOCK_D / CHUNK;  // in a tile
 // Stands in a tile of weights for a pair that is hidden: 0 would not do, for 0 * nan is nan. No arithmetic makes this one.
 constexpr u32 HIDDEN = 0x7fdead00u;
-static_assert(TX % 8 == 0 && STAGES >= 2, "a quarter warp stays in a row; a copy runs beside the reading");
+static_assert(TX % 8 == 0 && TX <= 32 && STAGES >= 2, "a warp has whole rows; a copy runs beside the reading");
 
 typedef float Tile[8][8];
 
@@ -27,9 +30,17 @@ __device__ __forceinline__ float part(const float4 &x, int n) { return n == 0 ? 
 struct Place {  // of a thread
     int tx, row;  // its first row in the block's tile; the others follow TY apart
     __device__ __forceinline__ Place() {
-        tx = threadIdx.x % TX;
-        row = threadIdx.x / 32 * 8 * TY + threadIdx.x % 32 / TX;
+        const int lane = threadIdx.x % 32;
+        if (TX == 8) {  // lane's bits, from the highest: ty 1, tx 0, tx 2, tx 1, ty 0. So a quarter of put() fills all banks.
+            tx = (lane >> 3 & 1) | (lane & 6);
+            row = (lane & 1) | (lane >> 3 & 2);
+        } else {  // TX == 16: tx 3, tx 0, tx 2, tx 1, ty 0
+            tx = TX == 32 ? lane : (lane >> 3 & 1) | (lane & 6) | (lane >> 1 & 8);
+            row = TX == 32 ? 0 : lane & 1;
+        }
+        row += threadIdx.x / 32 * 8 * TY;
     }
+    __device__ __forceinline__ int start() const { return row * PITCH + row % 2 * ODD; }  // of its rows in a tile that stays
     __device__ __forceinline__ int column(int c) const { return 4 * tx + c % 4 + c / 4 * 4 * TX; }
 };
 

@@ -31,8 +31,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_attention_forward(con
     const float slope = slope_of(p, batch, head);
     const Place at;
 
-    float *shared = reinterpret_cast<float *>(memory), *weights = shared + TILE + at.row * PITCH;
-    load_tile<ROWS, BLOCK_D, PITCH>(shared, head_of(p.q, p.sq, batch, head), start_m, p.seq_q, 0, p.head_dim);
+    float *shared = reinterpret_cast<float *>(memory), *weights = shared + TILE + at.start();
+    load_tile<ROWS, BLOCK_D, PITCH, 0, ODD>(shared, head_of(p.q, p.sq, batch, head), start_m, p.seq_q, 0, p.head_dim);
     Loader loader = {p, head_of(p.k, p.sk, batch, head / p.group), head_of(p.v, p.sv, batch, head / p.group), keys.lo, keys.hi, 0};
     Ring<STAGE, Loader> ring(shared + 2 * TILE, loader);
 
@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_attention_forward(con
         const bool masked = start_n < keys.full_lo || start_n >= keys.full_hi;
         clear(s);
 #pragma unroll 1
-        for (int n = 0; n < CHUNKS; n++) multiply_nt(s, shared + at.row * PITCH + n * CHUNK, ring.next(), at);
+        for (int n = 0; n < CHUNKS; n++) multiply_nt(s, shared + at.start() + n * CHUNK, ring.next(), at);
 
 #if !FOLD
 #pragma unroll
@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_attention_forward(con
 #pragma unroll
             for (int c = 1; c < 8; c++) m = fmaxf(m, s[r][c]);
 #pragma unroll
-            for (int far = 1; far < TX; far *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, far));
+            for (int far = NEAR; far < NEAR * TX; far *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, far));
             m = fmaxf(m_i[r], FOLD ? m * p.scale : m);
             const float safe = m == -INF ? 0.0f : m;  // a row that saw no key yet stays finite
             const float alpha = exp2_approx(m_i[r] - safe);
@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_attention_forward(con
 #pragma unroll
     for (int r = 0; r < 8; r++) {
 #pragma unroll
-        for (int far = 1; far < TX; far *= 2) l_i[r] += __shfl_xor_sync(~0u, l_i[r], far);
+        for (int far = NEAR; far < NEAR * TX; far *= 2) l_i[r] += __shfl_xor_sync(~0u, l_i[r], far);
         const float sum = l_i[r] == 0.0f ? 1.0f : l_i[r];  // a row that saw no key: o = 0, and lse = m_i = -inf
         const int row = start_m + at.row + r * TY;
         if (at.tx == 0 && row < p.seq_q) lse[row] = (m_i[r] + log2_approx(sum)) * LN2;

@@ -1,5 +1,5 @@
 // FlashAttention-2 (Dao 2023), algorithm 2, in IEEE float32: dK and dV, one block per BLOCK_N keys of a head.
-constexpr int CHUNK = BLOCK_D == 256 ? 8 : BLOCK_D == 64 && WARPS == 8 ? 32 : 16;
+constexpr int CHUNK = BLOCK_D == 256 ? 8 : 32;
 constexpr int UNROLL = 1;
 #include "fp32_simt.cuh"
 
@@ -11,10 +11,10 @@ enum Step { S_OF_Q, DV_OF_GO, AGAIN_OF_Q, DP_OF_GO, DK_OF_Q, STEPS };
 
 struct Loader {
     const Params &p;
-    int batch, head, members, start, lo, hi, piece;
+    int batch, head, end, start, lo, hi, piece;
     __device__ __forceinline__ void arrived(float *) {}
     __device__ __forceinline__ void operator()(float *stage) {
-        if (members == 0) return;
+        if (head == end) return;
         const int step = piece / CHUNKS, n = piece % CHUNKS * CHUNK;
         const bool of_go = step == DV_OF_GO || step == DP_OF_GO;
         const Strides &strides = of_go ? p.sgo : p.sq;
@@ -29,7 +29,7 @@ struct Loader {
         if (piece < STEPS * CHUNKS) return;
         piece = 0, start += BLOCK_D;
         if (start < hi) return;
-        start = lo, members--, head++;
+        start = lo, head++;
     }
 };
 
@@ -41,16 +41,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_gradients_kv(const __
     const Range queries = queries_of<BLOCK_D>(p, start_n, ROWS);
     const Place at;
 
-    float *shared = reinterpret_cast<float *>(memory), *own = shared + at.row * PITCH, *weights = own + 2 * TILE;
-    load_tile<ROWS, BLOCK_D, PITCH>(shared, head_of(p.k, p.sk, batch, head_kv), start_n, p.seq_kv, 0, p.head_dim);
-    load_tile<ROWS, BLOCK_D, PITCH>(shared + TILE, head_of(p.v, p.sv, batch, head_kv), start_n, p.seq_kv, 0, p.head_dim);
-    Loader loader = {p, batch, head_kv * p.group, queries.lo < queries.hi ? p.group : 0, queries.lo, queries.lo, queries.hi, 0};
+    float *shared = reinterpret_cast<float *>(memory), *own = shared + at.start(), *weights = own + 2 * TILE;
+    load_tile<ROWS, BLOCK_D, PITCH, 0, ODD>(shared, head_of(p.k, p.sk, batch, head_kv), start_n, p.seq_kv, 0, p.head_dim);
+    load_tile<ROWS, BLOCK_D, PITCH, 0, ODD>(shared + TILE, head_of(p.v, p.sv, batch, head_kv), start_n, p.seq_kv, 0, p.head_dim);
+    const int head_0 = head_kv * p.group;  // the first of the query heads that see these keys
+    Loader loader = {p, batch, head_0, queries.lo < queries.hi ? head_0 + p.group : head_0, queries.lo, queries.lo, queries.hi, 0};
     Ring<STAGE, Loader> ring(shared + 3 * TILE, loader);
 
     Tile dk, dv, x;
     clear(dk);
     clear(dv);
-    for (int head = head_kv * p.group; head < (head_kv + 1) * p.group; head++) {  // in one fixed order
+    for (int head = head_0; head < head_0 + p.group; head++) {  // in one fixed order
         const float slope = slope_of(p, batch, head);
         for (int start_m = queries.lo; start_m < queries.hi; start_m += BLOCK_D) {
             const bool masked = start_m < queries.full_lo || start_m >= queries.full_hi;

@@ -1,5 +1,5 @@
 // FlashAttention-2 (Dao 2023), algorithm 2, in IEEE float32: dQ, one block per BLOCK_M query rows of a head.
-constexpr int CHUNK = BLOCK_D == 256 ? 8 : BLOCK_D == 64 && WARPS == 8 ? 32 : 16;
+constexpr int CHUNK = BLOCK_D == 256 ? 16 : 32;
 constexpr int UNROLL = 1;
 #include "fp32_simt.cuh"
 
@@ -33,9 +33,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_gradients_q(const __g
     const float slope = slope_of(p, batch, head);
     const Place at;
 
-    float *shared = reinterpret_cast<float *>(memory), *own = shared + at.row * PITCH, *weights = own + 2 * TILE;
-    load_tile<ROWS, BLOCK_D, PITCH>(shared, head_of(p.q, p.sq, batch, head), start_m, p.seq_q, 0, p.head_dim);
-    load_tile<ROWS, BLOCK_D, PITCH>(shared + TILE, head_of(p.go, p.sgo, batch, head), start_m, p.seq_q, 0, p.head_dim);
+    float *shared = reinterpret_cast<float *>(memory), *own = shared + at.start(), *weights = own + 2 * TILE;
+    load_tile<ROWS, BLOCK_D, PITCH, 0, ODD>(shared, head_of(p.q, p.sq, batch, head), start_m, p.seq_q, 0, p.head_dim);
+    load_tile<ROWS, BLOCK_D, PITCH, 0, ODD>(shared + TILE, head_of(p.go, p.sgo, batch, head), start_m, p.seq_q, 0, p.head_dim);
     Loader loader = {p, head_of(p.k, p.sk, batch, head / p.group), head_of(p.v, p.sv, batch, head / p.group), keys.lo, keys.hi, 0};
     Ring<STAGE, Loader> ring(shared + 3 * TILE, loader);
 

@@ -28,7 +28,7 @@ TILES = {
     ("gradients_kv", 32): (T(64, 64, 4),),
     ("gradients_kv", 64): (T(32, 128, 4),),
     ("gradients_kv", 96): (T(64, 128, 8),),
-    ("gradients_kv", 128): (T(32, 128, 8), T(32, 64, 4)),
+    ("gradients_kv", 128): (T(64, 64, 4), T(32, 64, 4)),
     ("gradients_kv", 192): (T(32, 128, 8), T(16, 64, 4)),
     ("gradients_kv", 256): (T(32, 128, 8), T(32, 64, 4), T(16, 32, 2)),
     ("gradients_q", 32): (T(128, 64, 4),),
@@ -36,18 +36,23 @@ TILES = {
     ("gradients_q", 96): (T(128, 32, 4),),
     ("gradients_q", 128): (T(128, 32, 4),),
     ("gradients_q", 192): (T(128, 32, 8), T(64, 16, 4)),
-    ("gradients_q", 256): (T(64, 32, 4), T(32, 32, 2)),
+    ("gradients_q", 256): (T(64, 64, 4), T(64, 32, 4), T(32, 32, 2)),
 }
 # With softcap or ALiBi, or a scale that is not positive: where TILES would not leave the registers that it takes.
 DRESSED = {
     ("forward", 64): T(128, 64, 4),
     ("forward", 128): T(128, 32, 4),
     ("gradients_kv", 96): T(32, 64, 4),
+    ("gradients_kv", 128): T(32, 128, 8),
 }
 # Other assemblers than sm_90's need more registers for the same: before it, and after it.
 OLDER = {("gradients_q", 128): T(128, 32, 8)}
 OLDER_DRESSED = {("gradients_q", 64): T(128, 32, 4)}
-NEWER = {("gradients_kv", 64): T(32, 64, 4), ("gradients_q", 64): T(128, 32, 4)}
+NEWER = {
+    ("gradients_kv", 64): T(32, 64, 4),
+    ("gradients_kv", 128): T(32, 64, 4),
+    ("gradients_q", 64): T(128, 32, 4),
+}
 
 
 def tile(kernel: str, maths: Maths) -> Tile:

@@ -10,6 +10,8 @@ constexpr int TILE_M = BLOCK_M * PITCH, TILE_N = BLOCK_N * PITCH, D = BLOCK_D / 
 constexpr int M = BLOCK_N / (16 * WARPS), N = BLOCK_M / 8;  // tiles are transposed: a warp has 16 M keys as rows
 constexpr int STAGE = 2 * TILE_M + 2 * 4 * BLOCK_M;         // Q, dO, lse2, delta
 constexpr bool APART = BLOCK_D >= 192;  // dK and dV together are more than the registers hold: one after the other
+// Where a few registers are what it lacks: what can be found again is not kept.
+constexpr bool LEAN = STAGES == 2 && BLOCK_D == 128 && BLOCK_M == 64;
 static_assert(M * 16 * WARPS == BLOCK_N && N % 2 == 0 && STAGES >= 2, "a tile of whole mma blocks");
 static_assert(SHARED == 2 * TILE_N + STAGES * STAGE, "the host and this file agree on shared memory");
 
@@ -43,9 +45,10 @@ __device__ __forceinline__ void gather(const Params &p, const Range &range, int 
         forget(of_k);
         copy_wait<STAGES - 2>();
         __syncthreads();  // the tile of this round is there, and the one of the last is read
+        if (LEAN && (ahead_head = head, ahead_row = row + BLOCK_M) >= range.hi) ahead_row = range.lo, ahead_head++;
         if (ahead_head < end) load_queries(p, ring + (here == 0 ? (STAGES - 1) * STAGE : here - STAGE), batch, ahead_head, ahead_row);
         copy_commit();
-        if ((ahead_row += BLOCK_M) >= range.hi) ahead_row = range.lo, ahead_head++;
+        if (!LEAN && (ahead_row += BLOCK_M) >= range.hi) ahead_row = range.lo, ahead_head++;
         int i0 = row + offset + lane % 4 * 2;
         float slope = slope_of(p, batch, head);
         u32 lse2 = ring + here + 2 * TILE_M + lane % 4 * 8, delta = lse2 + 4 * BLOCK_M;
@@ -127,6 +130,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_gradients_kv(const __
     int own_row = threadIdx.x / 32 * 16 * M;
     float dk[M][D][4] = {}, dv[M][D][4] = {};
     gather<true, !APART>(p, range, batch, head, start, kv, dk, dv);
+    if (LEAN) {
+        dk_head = static_cast<half_bits *>(p.dk) + batch * p.sdk.batch + head * p.sdk.head;
+        dv_head = static_cast<half_bits *>(p.dv) + batch * p.sdv.batch + head * p.sdv.head;
+    }
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll

@@ -81,10 +81,10 @@ def tile(maths: Maths) -> HopperTile:
     if block_d(maths) == 128:
         if maths.banded:
             return HopperTile(block_m=128, block_n=128, q_slots=1, turns=True, ordered=True, qreg=True)
-        return HopperTile(block_m=128, block_n=128, turns=True, ordered=True)
-    if maths.seq_kv >= (2048 if maths.banded else 1024):
-        return HopperTile(block_m=192, block_n=128)
-    return HopperTile(block_m=128, block_n=128, turns=True, ordered=True)
+        return HopperTile(block_m=128, block_n=128, turns=True, ordered=True, qreg=True)
+    if maths.seq_q <= 128 or (maths.banded and maths.seq_kv < 1024):
+        return HopperTile(block_m=128, block_n=128, stages=3, turns=True, ordered=True)
+    return HopperTile(block_m=192, block_n=128, turns=True)
 
 
 def shared(tile: HopperTile, width: int) -> int:

@@ -265,7 +265,7 @@ def test_a_plan_is_made_once_a_layout(device):
 
 def test_hoppers_plan_has_maps_that_follow_the_tensors(device):
     device.arch = 90
-    q, k, v, spec = tensors(Problem(batch=2, heads_q=4, heads_kv=2, seq_q=300, head_dim=64, dtype="bf16"))
+    q, k, v, spec = tensors(Problem(batch=2, heads_q=4, heads_kv=2, seq_q=300, head_dim=128, dtype="bf16"))
     launch.attend(q, k, v, spec)
     places = [place for place, *_ in device.encoded]
     assert [rest for _, *rest in device.encoded] == [[q.data_ptr(), 128], [k.data_ptr(), 128], [v.data_ptr(), 128]]
