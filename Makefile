@@ -31,7 +31,7 @@ types: $(READY)
 
 # Generated pages and tables are what the results files say.
 docs-check: $(READY)
-	$(BIN)/python bench.py report --check $$(find docs/results -name '*.jsonl' | sort) --into README.md --into docs/reproducibility.md --into docs/training.md --into docs/kernels-in-python.md
+	$(BIN)/python bench.py report --check $$(find docs/results -name '*.jsonl' | sort) --into README.md --into docs/reproducibility.md --into docs/training.md --into docs/kernels-in-python.md --into docs/performance.md
 
 # Every Gluon kernel for sm_90 by every Triton, no GPU needed; TRITONS="3.9.0" for one of them.
 gluon-versions: $(TRITONS:%=gluon-triton-%)

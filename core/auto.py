@@ -24,6 +24,7 @@ from flash2.core import functional
 from flash2.core.contract import DTYPE_NAMES, FEATURES, Backend, Capability, Spec
 from flash2.core.problem import PRECISIONS, Problem
 from flash2.core.results import Result, read_results
+from flash2.core.training import runs
 
 TABLE = Path(__file__).with_name("auto.json")
 # The order where nothing was measured: by device class, else by kind of device. Guessed from how the kernels are built.
@@ -33,8 +34,8 @@ ASSUMED = {
     "cpu": ["numba", "sdpa", "sdpa-math", "naive"],
 }
 OURS = ("gluon", "cupy", "triton", "numba")
-# Measured beside them, but nobody's choice: they compile for every shape, or are the reference.
-NEVER = ("flex", "naive", "auto")
+# Measured beside them, but nobody's choice: they compile for every shape, are the reference, or another's slower twin.
+NEVER = ("flex", "naive", "auto", "gluon-deterministic", "numba-cuda")
 
 
 def device_class(device: torch.device) -> str:
@@ -266,7 +267,8 @@ def rows_of(results: Iterable[Result]) -> dict[str, list[Row]]:
 
 
 def written(files: Sequence[Path], root: Path = Path()) -> str:
-    """The text of auto.json, from results files named relative to `root`."""
+    """The text of auto.json, from results files named relative to `root`; training runs among them count for nothing."""
+    files = [file for file in files if not runs.holds_runs(root / file)]
     measured = rows_of(result for file in files for result in read_results(root / file))
     lines = ["{", f'  "assumed": {json.dumps(ASSUMED)},']
     lines.append(f'  "from": {json.dumps([file.as_posix() for file in files])},')

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -213,6 +214,36 @@ def pivots(results: Sequence[Result]) -> str:
     return "\n".join(parts)
 
 
+OTHERS = ("sdpa-cudnn", "sdpa-flash", "flex", "fa2", "fa3", "fa4")  # people's kernels that ours are held against
+
+
+def ratios(results: Iterable[Result]) -> str:
+    """How many times as fast as other people's kernels, and as the best of them in each cell, every other backend is: a
+    Markdown table of geometric means over the cells that both have, the worst cell in brackets. A line a pass and class."""
+    cells: dict[tuple, dict[str, float]] = {}
+    for r in results:
+        if r.tflops is not None and r.status == "ok":
+            cells.setdefault((r.problem.pass_, r.problem.precision, r.problem), {})[r.backend] = r.tflops
+    found: dict[tuple, dict[str, list[float]]] = {}
+    for (pass_, precision, _), cell in cells.items():
+        others = {name: speed for name, speed in cell.items() if name in OTHERS}
+        against = others | ({"the best": max(others.values())} if others else {})
+        for name in cell.keys() - others.keys():
+            for other, speed in against.items():
+                row = found.setdefault((pass_, precision, name), {})
+                row.setdefault(other, []).append(cell[name] / speed)
+    columns = [other for other in (*OTHERS, "the best") if any(other in row for row in found.values())]
+    lines = [
+        [pass_, precision, name, len(row["the best"]), *(_mean(row[other]) if other in row else "" for other in columns)]
+        for (pass_, precision, name), row in sorted(found.items(), key=lambda item: (item[0][0] != "fwd", item[0]))
+    ]
+    return tabulate(lines, ["pass", "class", "backend", "cells", *columns], tablefmt="pipe", disable_numparse=True) + "\n"
+
+
+def _mean(gains: Sequence[float]) -> str:
+    return f"{statistics.geometric_mean(gains):.2f} ({min(gains):.2f})"
+
+
 def _family(result: Result) -> str:
     p = result.problem
     parts = [f"heads {p.heads_q}" + (f"/{p.heads_kv}" if p.heads_kv != p.heads_q else ""), f"head_dim {p.head_dim}"]
@@ -245,13 +276,13 @@ def _shown(environment: dict) -> dict:
 
 
 _MARKED = re.compile(
-    r"(<!-- (?P<what>table|sample|ways|speeds): (?P<paths>\S+( \S+)*) -->\n).*?(?P<end><!-- /(?P=what) -->)", re.DOTALL
+    r"(<!-- (?P<what>table|ratios|sample|ways|speeds): (?P<paths>\S+( \S+)*) -->\n).*?(?P<end><!-- /(?P=what) -->)", re.DOTALL
 )
 
 
 def fill_tables(document: Path) -> str:
     """The text of a Markdown file with each `<!-- table: FILE.jsonl -->` ... `<!-- /table -->` made anew: pivots, or
-    the rows of training runs; `<!-- sample: ... -->` is the text that the last run wrote. `<!-- ways: ... -->` and
+    the rows of training runs; `<!-- ratios: ... -->`, of several files, is ratios(); `<!-- sample: ... -->` is the text that the last run wrote. `<!-- ways: ... -->` and
     `<!-- speeds: ... -->` take several files, of which some may not be there yet, and are core.ways's tables.
 
     Paths are relative to the document."""
@@ -263,6 +294,8 @@ def fill_tables(document: Path) -> str:
             text = ways.overview(files)
         elif match["what"] == "speeds":
             text = ways.speeds(files, document.parent)
+        elif match["what"] == "ratios":
+            text = ratios(result for file in files for result in latest(read_results(file)).values())
         elif match["what"] == "sample":
             text = runs.sample_block([run for run in runs.read_runs(source) if run.sample][-1]) + "\n"
         elif runs.holds_runs(source):

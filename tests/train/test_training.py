@@ -171,6 +171,16 @@ def test_generation_with_the_cache_is_generation_without(backend, baseline):
     assert b"import " + written == text and len(set(written)) > 3
 
 
+def test_a_backend_that_cannot_sample_loses_no_run(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("no kernel for a single key")
+
+    monkeypatch.setattr(GPT, "generate", refuse)
+    figures = trainer("numba", steps=1, sample=20).run()
+    assert figures["sample"] == ""
+    assert figures["validation"]
+
+
 def test_a_sample_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match="must fit context 48"):
         next(GPT(Options(**TINY), get_backend("naive")).generate(b"x", 48))

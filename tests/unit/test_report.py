@@ -5,7 +5,7 @@ import json
 
 from flash2.core.compare import Quantiles
 from flash2.core.problem import Problem
-from flash2.core.report import block, fill_tables, pivots
+from flash2.core.report import block, fill_tables, pivots, ratios
 from flash2.core.results import Result
 
 
@@ -44,6 +44,18 @@ def test_a_marker_is_filled_from_the_file_beside_the_document(tmp_path):
     filled = fill_tables(tmp_path / "d.md")
     assert filled.startswith("a\n<!-- table: r.jsonl -->\n") and filled.endswith("<!-- /table -->\nb\n")
     assert "old" not in filled and cells(filled)[1] == ["naive", "tf32", "7"]
+
+
+def test_ratios_are_geometric_means_with_the_worst_cell():
+    measured = [
+        result("ours", "tf32", 512, 8.0), result("flex", "tf32", 512, 2.0), result("fa4", "tf32", 512, 4.0),
+        result("ours", "tf32", 1024, 3.0), result("flex", "tf32", 1024, 3.0), result("naive", "tf32", 2048, 1.0),
+        result("ours", "ieee", 512, 9.0), result("fa4", "ieee", 512, status="unsupported"),
+    ]  # fmt: skip
+    assert cells(ratios(measured)) == [
+        ["pass", "class", "backend", "cells", "flex", "fa4", "the best"],
+        ["fwd", "tf32", "ours", "2", "2.00 (1.00)", "2.00 (2.00)", "1.41 (1.00)"],
+    ]
 
 
 def test_a_narrow_terminal_names_the_columns_that_it_has_no_room_for():
