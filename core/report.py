@@ -234,10 +234,11 @@ def ratios(results: Iterable[Result]) -> str:
                 row.setdefault(other, []).append(cell[name] / speed)
     columns = [other for other in (*OTHERS, "the best") if any(other in row for row in found.values())]
     lines = [
-        [pass_, precision, name, len(row["the best"]), *(_mean(row[other]) if other in row else "" for other in columns)]
-        for (pass_, precision, name), row in sorted(found.items(), key=lambda item: (item[0][0] != "fwd", item[0]))
+        [*kind, len(row["the best"]), *(_mean(row[other]) if other in row else "" for other in columns)]
+        for kind, row in sorted(found.items(), key=lambda item: (item[0][0] != "fwd", item[0]))
     ]
-    return tabulate(lines, ["pass", "class", "backend", "cells", *columns], tablefmt="pipe", disable_numparse=True) + "\n"
+    head = ["pass", "class", "backend", "cells", *columns]
+    return tabulate(lines, head, tablefmt="pipe", disable_numparse=True) + "\n"
 
 
 def _mean(gains: Sequence[float]) -> str:
@@ -276,7 +277,8 @@ def _shown(environment: dict) -> dict:
 
 
 _MARKED = re.compile(
-    r"(<!-- (?P<what>table|ratios|sample|ways|speeds): (?P<paths>\S+( \S+)*) -->\n).*?(?P<end><!-- /(?P=what) -->)", re.DOTALL
+    r"(<!-- (?P<what>table|ratios|sample|ways|speeds): (?P<paths>\S+( \S+)*) -->\n).*?(?P<end><!-- /(?P=what) -->)",
+    re.DOTALL,
 )
 
 
