@@ -31,7 +31,7 @@ IEEE_TILES = {
 # With them a warp owns 16 or 32 rows. The forward's stages are single tiles of K or V, the gradients' are pairs.
 TF32_TILES = {
     ("forward", 32): (T(128, 64, 4, 4),),
-    ("forward", 64): (T(128, 64, 4, 4), T(128, 64, 4, 2)),
+    ("forward", 64): (T(128, 32, 4, 4),),
     ("forward", 128): (T(128, 32, 4),),
     ("forward", 256): (T(128, 32, 8), T(64, 32, 4), T(32, 32, 2)),
     ("gradients_kv", 32): (T(32, 128, 4),),
