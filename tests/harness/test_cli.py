@@ -227,7 +227,7 @@ def alive(pid):
 def test_ctrl_c_leaves_a_file_to_go_on_from(tmp_path):
     process, out = start(tmp_path, *LONG, "--out", "r.jsonl")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the worker too
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130 and "--resume" in stderr and "Traceback" not in stderr
     assert all(r["status"] == "ok" for r in records(out)) and len(records(out)) >= 2
 
@@ -236,7 +236,7 @@ def test_kill_9_of_the_parent_takes_the_worker_along_and_loses_no_cell(tmp_path)
     process, out = start(tmp_path, *LONG, "--out", "r.jsonl")
     workers = children(process.pid)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     end = time.monotonic() + 20
     while time.monotonic() < end and any(map(alive, workers)):
         time.sleep(0.1)
