@@ -284,8 +284,9 @@ _MARKED = re.compile(
 
 def fill_tables(document: Path) -> str:
     """The text of a Markdown file with each `<!-- table: FILE.jsonl -->` ... `<!-- /table -->` made anew: pivots, or
-    the rows of training runs; `<!-- ratios: ... -->`, of several files, is ratios(); `<!-- sample: ... -->` is the text that the last run wrote. `<!-- ways: ... -->` and
-    `<!-- speeds: ... -->` take several files, of which some may not be there yet, and are core.ways's tables.
+    the rows of training runs; `<!-- sample: ... -->` is the text that the last run wrote. `<!-- ratios: ... -->` takes
+    several files. So do `<!-- ways: ... -->` and `<!-- speeds: ... -->`, of which some may not be there yet: they are
+    core.ways's tables.
 
     Paths are relative to the document."""
 

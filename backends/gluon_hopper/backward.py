@@ -267,15 +267,20 @@ def half(tile, n):
 
 
 @gluon.jit
-def load_queries(descs, rings, where, rows, t, i, SHAPE: gl.constexpr):
-    """Step i's Q, its statistics, and dO, into their stage."""
+def load_queries(descs, rings, first, walk, i, SHAPE: gl.constexpr):
+    """Step i's Q, its statistics, and dO, into their stage: of query tile i % n of the head that is i / n after `first`,
+    a (batch, head, number of its first tile among all heads')."""
     q_desc, do_desc, stats_desc = descs
     q_ring, do_ring, stats_ring, q_full, do_full = rings
+    batch, head, rows = first
+    lo, n, tiles, group, heads = walk
     BM, BN, D, STAGES = SHAPE
     b = i % STAGES
+    t = lo + i % n
+    where = (batch, head + i // n)
     mbarrier.expect(q_full.index(b), q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
     load_rows(q_desc, where, t * BM, q_full.index(b), q_ring.index(b))
-    tma_load(stats_desc, [(rows + t) * 2 * BM], q_full.index(b), stats_ring.index(b))
+    tma_load(stats_desc, [(rows + i // n * tiles + t) * 2 * BM], q_full.index(b), stats_ring.index(b))
     mbarrier.expect(do_full.index(b), do_desc.block_type.nbytes)
     load_rows(do_desc, where, t * BM, do_full.index(b), do_ring.index(b))
 
@@ -321,13 +326,14 @@ def fused_producer(descs, kv_descs, acc_desc, rings, kv, staging, place, walk, o
     load_rows(k_desc, (batch, head_kv), start_n, k_full.index(0), k_tile.index(0))
     head = head_kv * group
     rows = (batch * heads + head) * tiles
+    first = (batch, head, rows)
     if total > 0:
-        load_queries(descs, rings, (batch, head), rows, lo, 0, SHAPE)
+        load_queries(descs, rings, first, walk, 0, SHAPE)
     mbarrier.expect(v_full.index(0), v_desc.block_type.nbytes)
     load_rows(v_desc, (batch, head_kv), start_n, v_full.index(0), v_tile.index(0))
     for j in gl.static_range(1, STAGES):
         if j < total:
-            load_queries(descs, rings, (batch, head + j // n), rows + j // n * tiles, lo + j % n, j, SHAPE)
+            load_queries(descs, rings, first, walk, j, SHAPE)
     if DQ:
         R: gl.constexpr = BM * D // 2 // 32
         if total > 0:
@@ -349,15 +355,7 @@ def fused_producer(descs, kv_descs, acc_desc, rings, kv, staging, place, walk, o
             ahead = i + STAGES
             if not DQ_LATE:  # noqa: SIM102  the inner condition is the program's
                 if ahead < total:
-                    load_queries(
-                        descs,
-                        rings,
-                        (batch, head + ahead // n),
-                        rows + ahead // n * tiles,
-                        lo + ahead % n,
-                        ahead,
-                        SHAPE,
-                    )
+                    load_queries(descs, rings, first, walk, ahead, SHAPE)
             if IN_TURN:
                 if done >= 0:
                     pass_turn(order, index)
@@ -368,19 +366,11 @@ def fused_producer(descs, kv_descs, acc_desc, rings, kv, staging, place, walk, o
             if DQ_LATE:  # noqa: SIM102  the inner condition is the program's
                 if ahead < total:
                     everyone_sync(FREE + i % STAGES)
-                    load_queries(
-                        descs,
-                        rings,
-                        (batch, head + ahead // n),
-                        rows + ahead // n * tiles,
-                        lo + ahead % n,
-                        ahead,
-                        SHAPE,
-                    )
+                    load_queries(descs, rings, first, walk, ahead, SHAPE)
     else:
         for i in range(STAGES, total):
             everyone_sync(FREE + i % STAGES)
-            load_queries(descs, rings, (batch, head + i // n), rows + i // n * tiles, lo + i % n, i, SHAPE)
+            load_queries(descs, rings, first, walk, i, SHAPE)
     everyone_sync(FINISHED)
     for part in gl.static_range(2):
         store_rows(dv_desc, (batch, head_kv), start_n + part * 64, half(v_tile, part))
