@@ -1,8 +1,9 @@
 """Timers with a cold cache, and the interleaved measurement of several calls.
 
 A sample is one call. On CUDA it is bracketed by two device events, after the L2 cache was
-overwritten, so that the overwrite also hides the host's launch time, as it does in a model whose
-queue is full. On the CPU it is the monotonic clock around the call, caches as the call left them.
+overwritten; before that the device sleeps for as long as the call's Python takes, so that all of
+its launches are queued before the first event passes, as they are in a model whose queue is full.
+On the CPU it is the monotonic clock around the call, caches as the call left them.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ import torch
 # Bound here, before any backend is imported, so that none can replace what measures it.
 _clock = time.perf_counter
 _sleep = time.sleep
+_device_sleep = torch.cuda._sleep
 _Event = torch.cuda.Event
 _elapsed = torch.cuda.Event.elapsed_time
 
 FLUSH_TIMES_L2 = 5  # 256 MB on an H200 (50 MB of L2), what triton.testing.do_bench overwrites too
+LEAD_MS = 1.0  # the host's start over the device, before each sample, at the most; a burst's first call has all of it
+CYCLES_A_MS = 2_000_000  # of the device's sleep: about 2 GHz
 BURST_MS = 4.0  # samples of one call in a row, before the next call has its turn
 ROUNDS = (7, 60)  # least for an interval, most that is ever useful
 PATIENCE = 3  # caps; a call so slow that 7 rounds take longer is left at fewer, but not below 3
@@ -56,10 +60,14 @@ class CudaTimer:
     def burst(self, call: Callable[[], object], count: int) -> list[float]:
         """Milliseconds of `count` calls, each on a cold cache."""
         events = [(_Event(enable_timing=True), _Event(enable_timing=True)) for _ in range(count)]
+        lead = LEAD_MS
         for start, stop in events:
+            _device_sleep(int(lead * CYCLES_A_MS))
             self._flush.zero_()
             start.record()
+            begin = _clock()
             call()
+            lead = min(1.5e3 * (_clock() - begin), LEAD_MS)  # half as much again as this call took the host
             stop.record()
         torch.cuda.synchronize(self.device)
         return [_elapsed(start, stop) for start, stop in events]

@@ -92,3 +92,24 @@ def test_a_kernel_is_timed_on_a_cold_cache(cuda):
         for _ in range(100):
             x.sum()
     assert cold > 1.1 * statistics.median(timer.burst(graph.replay, 5)) / 100
+
+
+def test_the_host_of_a_call_is_not_timed(cuda, monkeypatch):
+    """Half a millisecond of Python before and between two small kernels."""
+    timer = timing.CudaTimer(cuda)
+    x = torch.randn(1 << 16, device=cuda)
+
+    def quick():
+        x.add_(1), x.add_(1)
+
+    def slow():
+        for _ in range(2):
+            end = time.perf_counter() + 2.5e-4
+            while time.perf_counter() < end:
+                pass
+            x.add_(1)
+
+    quick_ms, slow_ms = (statistics.median(timer.burst(call, 30)) for call in (quick, slow))
+    assert slow_ms < 1.3 * quick_ms + 0.002
+    monkeypatch.setattr(timing, "_device_sleep", lambda cycles: None)
+    assert statistics.median(timer.burst(slow, 30)) > 0.2  # without the lead the device waits inside the span
