@@ -16,12 +16,12 @@ from flash2.backends.triton_fa2.tiles import (
     dot_in_chunks,
     head_of,
     key_range,
+    load_own,
     load_rows,
     load_tile,
     load_turned,
     logits,
     operand,
-    split,
     store_tile,
     turn,
     visible,
@@ -66,7 +66,7 @@ def gradients_kv(
     heads_kv, group, seq_q, seq_kv, rows_padded, head_dim, left, right, scale, cap, dscale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     UNEVEN: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr, CHUNKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, PARTS: tl.constexpr, RESIDENT: tl.constexpr, TURNED: tl.constexpr, CHUNKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dv[j] = sum_i p[i,j] do[i] and dk[j] = sum_i ds[i,j] q[i], BLOCK_N keys of one head, all its query heads.
@@ -101,12 +101,10 @@ def gradients_kv(
 
     k_head = head_of(k, batch, head_kv, stride_kb, stride_kh, TMA)
     v_head = head_of(v, batch, head_kv, stride_vb, stride_vh, TMA)
-    k_tile = load_tile(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, True, TMA, WIDE, 1)  # fmt: skip
-    k_tile = split(k_tile, PARTS)
+    k_tile = load_own(k_head, batch, head_kv, start_n, seq_kv, stride_kn, head_dim, BLOCK_N, BLOCK_D, PAD_D, TMA, WIDE, PARTS, RESIDENT)  # fmt: skip
     v_tile, dk_acc, dv_acc = 0.0, 0.0, 0.0
     if DK:
-        v_tile = load_tile(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, True, TMA, WIDE, 1)  # fmt: skip
-        v_tile = split(v_tile, PARTS)
+        v_tile = load_own(v_head, batch, head_kv, start_n, seq_kv, stride_vn, head_dim, BLOCK_N, BLOCK_D, PAD_D, TMA, WIDE, PARTS, RESIDENT)  # fmt: skip
         dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if DV:
         dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -202,7 +200,7 @@ def gradients_q(
     heads, group, seq_q, seq_kv, rows_padded, head_dim, left, right, scale, cap, dscale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, TAIL: tl.constexpr,
     UNEVEN: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr, CHUNKED: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, PARTS: tl.constexpr, RESIDENT: tl.constexpr, TURNED: tl.constexpr, CHUNKED: tl.constexpr, ONE_LOOP: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq[i] = sum_j ds[i,j] k[j], BLOCK_M rows of one head."""
@@ -225,10 +223,8 @@ def gradients_q(
     g_head = head_of(do, batch, head, stride_gb, stride_gh, TMA)
     k_head = head_of(k, batch, head // group, stride_kb, stride_kh, TMA)
     v_head = head_of(v, batch, head // group, stride_vb, stride_vh, TMA)
-    q_tile = load_tile(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE, 1)  # fmt: skip
-    g_tile = load_tile(g_head, batch, head, start_m, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE, 1)  # fmt: skip
-    q_tile = split(q_tile, PARTS)
-    g_tile = split(g_tile, PARTS)
+    q_tile = load_own(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, TMA, WIDE, PARTS, RESIDENT)  # fmt: skip
+    g_tile = load_own(g_head, batch, head, start_m, seq_q, stride_gm, head_dim, BLOCK_M, BLOCK_D, PAD_D, TMA, WIDE, PARTS, RESIDENT)  # fmt: skip
     lse_row = load_rows(lse2, pid // tiles, start_m, rows_padded, BLOCK_M, TMA)
     delta_row = load_rows(delta, pid // tiles, start_m, rows_padded, BLOCK_M, TMA)
     dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

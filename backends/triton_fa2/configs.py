@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KERNELS = ("fwd", "dkdv", "dk", "dv", "dq")
-FLAGS = ("tma", "ws", "one_loop", "late", "prepared", "split")
+FLAGS = ("tma", "ws", "one_loop", "late", "prepared", "resident", "mixed", "split")
 # full: every key is visible. masked: a causal mask. dressed: a window's left edge, softcap or ALiBi, which want registers,
-# or, for the gradients in ieee, a head_dim that is no power of two, whose masks do.
+# or, in ieee, a head_dim that is no power of two, whose masks do.
 WORK = ("full", "masked", "dressed")
 SHORT = 1024
 EXAMPLE = "64x128 w4 s2 tma"
@@ -35,7 +35,8 @@ class TileConfig:
     loop over all tiles, instead of one loop for the full tiles and others for those at the edges. late (forward)
     multiplies p by v one tile late, beside the next softmax. prepared (with tma, float32) has a kernel before it split
     what many programs read into bfloat16 parts (bf16x3, bf16x6), or transpose what is summed over rows (tf32, without
-    late). split (dkdv) launches one kernel for dk and one for dv, by their own configurations. max_regs > 0 holds a
+    late). resident (with prepared, bf16x3 and bf16x6) has it split what a program keeps for its whole loop, too, whose
+    parts then lie in shared memory instead of registers; mixed does so, too, but for the first part. split (dkdv) launches one kernel for dk and one for dv, by their own configurations. max_regs > 0 holds a
     thread to so many registers, so that one more program fits on a multiprocessor.
     """
 
@@ -49,6 +50,8 @@ class TileConfig:
     one_loop: bool = False
     late: bool = False
     prepared: bool = False
+    resident: bool = False
+    mixed: bool = False
     split: bool = False
 
     def __str__(self) -> str:
@@ -101,8 +104,9 @@ class Key:
         return f"{self.kernel}-{self.arch}-{self.precision}-d{self.block_d}-{self.work}-{self.seq}"
 
 
-# Found by tune.py. Of what tests/compile has none spills (Triton 3.6), but for ieee at a head_dim that is no power of two: up
-# to 80 bytes in dk and in a dressed fwd. Rows hold for head_dims down to the next smaller one. A row of full/short or
+# Found by tune.py, or, where a dressed row differs from the masked one, by compiling smaller tiles until none of what
+# tests/compile has spills (Triton 3.6). ptxas aims at 128 or 168 registers where a few more would hold everything, and
+# spills: r255 or so in a row of ieee is there to let it take them. Rows hold for head_dims down to the next smaller one. A row of full/short or
 # masked/short goes before the other for problems that short. A problem's odd lengths make tiles at its edges: that is
 # one_loop in a row of full ones.
 TABLES = {
@@ -182,16 +186,23 @@ TABLES = {
         dkdv  tf32x3      64 dressed      16x128 w8 s2 one_loop
         dq    tf32x3      64 full         128x32 w8 s3 tma one_loop
         dq    tf32x3      64 masked       128x64 w8 s3 one_loop
+        fwd   ieee        32 full         64x64 w4 s2 one_loop
+        fwd   ieee        32 masked       64x64 w4 s2 one_loop
+        fwd   ieee        32 dressed      64x64 w8 s2 one_loop
         fwd   ieee        64 full         64x64 w4 s2 one_loop
         fwd   ieee        64 masked       64x64 w4 s2 one_loop
+        fwd   ieee        64 dressed      64x64 w4 s2 r240 one_loop
         dkdv  ieee        64 full         32x64 w4 s2 split
         dkdv  ieee        64 masked       32x64 w4 s2 split
+        dk    ieee        32 full         64x64 w4 s2
+        dk    ieee        32 masked       64x64 w4 s2 one_loop
+        dk    ieee        32 dressed      32x32 w4 s2 r255 one_loop
         dk    ieee        64 full         64x64 w4 s2
         dk    ieee        64 masked       64x64 w4 s2 one_loop
-        dk    ieee        64 dressed      32x64 w4 s2 one_loop
+        dk    ieee        64 dressed      32x64 w4 s2 r255 one_loop
         dv    ieee        64 full         64x64 w4 s2
         dv    ieee        64 masked       64x64 w4 s2 one_loop
-        dv    ieee        64 dressed      32x64 w4 s2 one_loop
+        dv    ieee        64 dressed      32x64 w4 s2 r255 one_loop
         dq    ieee        64 full         64x64 w4 s2 one_loop
         dq    ieee        64 masked       64x64 w4 s2 one_loop
         dq    ieee        64 dressed      64x32 w4 s2 one_loop
@@ -201,8 +212,8 @@ TABLES = {
 
 # Where nothing was raced, and where strides forbid descriptors: by pointers alone, within 99 KB of shared memory. Found by
 # compiling for sm_80, sm_90, sm_100 and sm_120 by Triton 3.6, largest tiles first, what tests/compile asks of a kernel at
-# the head_dims it has; other problems and Tritons may spill. Of those, ieee's dk and dv at head_dim 256 still spill from
-# sm_90 on (16 bytes), and what fallback() has no row for.
+# the head_dims it has; other problems and Tritons may spill. Of those, only what fallback() has no row for still
+# spills.
 FALLBACKS = {
     "any": """
         fwd   bf16,fp16   64 any 128x64 w8 s2 one_loop
@@ -242,20 +253,20 @@ FALLBACKS = {
         dkdv  tf32x3     128 any 16x16 w4 s2 one_loop
         dq    tf32x3     128 any 16x32 w4 s2 one_loop
         fwd   ieee        64 any 64x64 w8 s2 one_loop
+        dkdv  ieee        32 any 16x32 w4 s1 r255 one_loop
         dkdv  ieee        64 any 16x32 w4 s2 one_loop
         dq    ieee        64 any 64x64 w8 s2 one_loop
-        fwd   ieee       128 any 32x32 w4 s2 one_loop
-        dkdv  ieee       128 any 16x16 w8 s1 one_loop
-        dq    ieee       128 any 32x64 w8 s1 one_loop
+        fwd   ieee       128 any 32x32 w4 s2 r168 one_loop
+        dkdv  ieee       128 any 32x32 w4 s1 r255 one_loop
+        dq    ieee       128 any 64x64 w8 s1 r255 one_loop
         fwd   ieee       256 any 16x16 w4 s2 one_loop
-        dkdv  ieee       256 any 16x16 w4 s2 one_loop
-        dq    ieee       256 any 16x32 w4 s1 one_loop
+        dkdv  ieee       256 any 16x32 w8 s1 r255 one_loop
+        dq    ieee       256 any 32x32 w4 s1 r255 one_loop
     """,
     "sm90": """
         fwd   bf16x6      64 any 64x32 w8 s2 one_loop
         dkdv  bf16x6     128 any 16x16 w8 s1 one_loop
         dkdv  bf16x3      64 any 32x16 w4 s2 one_loop
-        dkdv  ieee       256 any 16x16 w8 s1 one_loop
     """,
     "sm100": """
         fwd   bf16x6      64 any 64x32 w4 s2 one_loop
@@ -263,7 +274,6 @@ FALLBACKS = {
         fwd   tf32        64 any 64x32 w4 s2 one_loop
         dkdv  bf16x6     128 any 16x16 w8 s1 one_loop
         dkdv  bf16x3      64 any 32x16 w4 s2 one_loop
-        dkdv  ieee       256 any 16x16 w8 s1 one_loop
     """,
 }
 
@@ -320,7 +330,7 @@ def choose(key: Key, device_name: str = "") -> tuple[TileConfig, str] | None:
 def fallback(key: Key) -> TileConfig:
     """FALLBACKS' row for `key`, of its own head_dim or the next larger one: it fits everywhere and is not the fastest."""
     kernel = "dkdv" if key.kernel in ("dk", "dv") else key.kernel
-    for block_d in (64, 128, 256):
+    for block_d in (32, 64, 128, 256):
         for rows in (_fallbacks(key.arch), _fallbacks("any")) if block_d >= key.block_d else ():
             if (row := rows.get((kernel, key.precision, block_d, "any"))) is not None:
                 return row

@@ -11,11 +11,11 @@ from flash2.backends.triton_fa2.tiles import (
     dot_in_chunks,
     head_of,
     key_range,
+    load_own,
     load_tile,
     load_turned,
     logits,
     operand,
-    split,
     store_tile,
     turn,
     visible,
@@ -31,7 +31,7 @@ def attention_forward(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     FOLD: tl.constexpr, NEGATE: tl.constexpr, UNEVEN: tl.constexpr, TAIL: tl.constexpr,
     PAD_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr,
+    TMA: tl.constexpr, PARTS: tl.constexpr, RESIDENT: tl.constexpr, TURNED: tl.constexpr,
     CHUNKED: tl.constexpr, WS: tl.constexpr, ONE_LOOP: tl.constexpr, LATE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -56,8 +56,7 @@ def attention_forward(
     q_head = head_of(q, batch, head, stride_qb, stride_qh, TMA)
     k_head = head_of(k, batch, head // group, stride_kb, stride_kh, TMA)
     v_head = head_of(v, batch, head // group, stride_vb, stride_vh, TMA)
-    q_tile = load_tile(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, True, TMA, WIDE, 1)  # fmt: skip
-    q_tile = split(q_tile, PARTS)
+    q_tile = load_own(q_head, batch, head, start_m, seq_q, stride_qm, head_dim, BLOCK_M, BLOCK_D, PAD_D, TMA, WIDE, PARTS, RESIDENT)  # fmt: skip
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)

@@ -126,7 +126,7 @@ def plan_forward(q, k, v, o, spec: Spec, pins: Pins) -> Launch | Prepared:
     """The forward launch for tensors laid out like these."""
     maths = Maths(q, k, spec)
     config = maths.config("fwd", pins, (q, k, v))
-    parts, turned = maths.parts(config), maths.turned(config)
+    parts, resident, turned = maths.parts(config), maths.resident(config), maths.turned(config)
     m, n, d = config.block_m, config.block_n, maths.block_d
     seq_kv = k.shape[2]
     scale, negate = maths.scale, maths.scale < 0 and maths.fold
@@ -134,18 +134,22 @@ def plan_forward(q, k, v, o, spec: Spec, pins: Pins) -> Launch | Prepared:
         forward.attention_forward,
         (triton.cdiv(q.shape[2], m) * q.shape[0] * q.shape[1],),
         config,
-        (tile(m, d), tile(n, d, parts), (1, 1, d, n) if turned else tile(n, d, parts), None, None, None),
+        (tile(m, d, parts if resident else 1), tile(n, d, parts), (1, 1, d, n) if turned else tile(n, d, parts), None, None, None),
         (*strides(q, k, v, o), *maths.slope_strides, *maths.sizes, maths.left, maths.right,
          abs(scale) if negate else scale, maths.cap),
         dict(maths.features, FOLD=maths.fold, NEGATE=negate, UNEVEN=seq_kv % n != 0, TAIL=maths.tail(config),
              PAD_D=maths.pad_d, WIDE=too_wide(q, k, v, o), PRECISION=maths.precision, TMA=config.tma, PARTS=parts,
-             TURNED=turned, CHUNKED=maths.chunked(config), WS=config.ws, ONE_LOOP=config.one_loop, LATE=config.late,
+             RESIDENT=resident, TURNED=turned, CHUNKED=maths.chunked(config), WS=config.ws, ONE_LOOP=config.one_loop, LATE=config.late,
              STAGES=config.num_stages,
              BLOCK_M=m, BLOCK_N=n, BLOCK_D=d),
     )  # fmt: skip
     if turned:
         return Prepared(launch, {2: TurnHeads(maths)})
-    return Prepared(launch, {n: SplitHeads(maths, parts) for n in (1, 2)}) if parts > 1 else launch
+    return (
+        Prepared(launch, {n: SplitHeads(maths, parts) for n in ((0, 1, 2) if resident else (1, 2))})
+        if parts > 1
+        else launch
+    )
 
 
 class BackwardPlan(NamedTuple):
@@ -181,30 +185,37 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, pins: Pins) -> Backwar
     def constants(config: TileConfig) -> dict:
         return dict(
             maths.features, PAD_D=maths.pad_d, WIDE=wide, PRECISION=maths.precision, TMA=config.tma,
-            PARTS=maths.parts(config), TURNED=maths.turned(config), CHUNKED=maths.chunked(config),
+            PARTS=maths.parts(config), RESIDENT=maths.resident(config), TURNED=maths.turned(config), CHUNKED=maths.chunked(config),
             ONE_LOOP=config.one_loop, STAGES=config.num_stages, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_D=d,
         )  # fmt: skip
 
     def gradients_kv(name: str, config: TileConfig) -> Launch | Prepared:
         parts, rows, turned = maths.parts(config), (1, config.block_m), maths.turned(config)
-        ours, theirs = tile(config.block_n, d), tile(config.block_m, d, parts)
-        more, unturned = (((1, 1, d, config.block_m),) * 2, ()) if turned else ((), (None,) * 2)
+        # Tensors that are split beforehand, by place: dv reads no v.
+        split = ((0, 1, 2, 3) if "dk" in name else (0, 1, 3)) if maths.resident(config) else (0, 3)
+        k_tile, v_tile = (tile(config.block_n, d, parts if n in split else 1) for n in (1, 2))
+        theirs = tile(config.block_m, d, parts)
+        # dk sums q over its rows, dv do.
+        sums = {0: "dk" in name, 3: "dv" in name}
+        more = tuple((1, 1, d, config.block_m) if read else None for read in sums.values()) if turned else ()
+        unturned = () if turned else (None, None)
         launch = Launch(
             backward.gradients_kv,
             (triton.cdiv(seq_kv, config.block_n) * k.shape[0] * k.shape[1],),
             config,
-            (theirs, ours, ours, theirs, rows, rows, None, None, None, *more),
+            (theirs, k_tile, v_tile, theirs, rows, rows, None, None, None, *more),
             (*unturned, *strides(q, k, v, do, dk, dv), *maths.slope_strides, k.shape[1], group, seq_q, seq_kv,
              rows_padded, head_dim, maths.left, maths.right, maths.scale, maths.cap, spec.scale),
             dict(constants(config), UNEVEN=seq_q % config.block_m != 0, DK="dk" in name, DV="dv" in name),
         )  # fmt: skip
         if turned:
-            return Prepared(launch, {}, {n: TurnHeads(maths) for n in (0, 3)})
-        return Prepared(launch, {n: SplitHeads(maths, parts) for n in (0, 3)}) if parts > 1 else launch
+            return Prepared(launch, {}, {n: TurnHeads(maths) if read else None for n, read in sums.items()})
+        return Prepared(launch, {n: SplitHeads(maths, parts) for n in split}) if parts > 1 else launch
 
     parts, rows, turned = maths.parts(qs), (1, qs.block_m), maths.turned(qs)
-    ours, theirs = tile(qs.block_m, d), tile(qs.block_n, d, parts)
+    resident = maths.resident(qs)
+    ours, theirs = tile(qs.block_m, d, parts if resident else 1), tile(qs.block_n, d, parts)
     more, unturned = (((1, 1, d, qs.block_n),), ()) if turned else ((), (None,))
     gradients_q = Launch(
         backward.gradients_q,
@@ -216,7 +227,9 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, pins: Pins) -> Backwar
         dict(constants(qs), UNEVEN=seq_kv % qs.block_n != 0, TAIL=maths.tail(qs)),
     )  # fmt: skip
     if parts > 1:
-        gradients_q = Prepared(gradients_q, {n: SplitHeads(maths, parts) for n in (1, 2)})
+        gradients_q = Prepared(
+            gradients_q, {n: SplitHeads(maths, parts) for n in ((0, 1, 2, 3) if resident else (1, 2))}
+        )
     elif turned:
         gradients_q = Prepared(gradients_q, {}, {1: TurnHeads(maths)})
     return BackwardPlan(rows_padded, statistics, {n: gradients_kv(n, c) for n, c in kvs.items()}, gradients_q)
@@ -287,7 +300,7 @@ class Maths:
         if not config.tma or all(map(fits_descriptor, operands)):
             return config
         if kernel in pins:
-            return config.replace(tma=False, ws=False, prepared=False)
+            return config.replace(tma=False, ws=False, prepared=False, resident=False, mixed=False)
         return configs.fallback(self.key(kernel))  # with pointers the table's tiles have too few registers
 
     def chosen(self, kernel: str, *, tune: bool = True) -> tuple[TileConfig, str]:
@@ -306,6 +319,12 @@ class Maths:
         """How many bfloat16 parts the tensors that `config`'s programs share are split into beforehand."""
         return {"bf16x3": 2, "bf16x6": 3}.get(self.precision, 1) if config.prepared else 1
 
+    def resident(self, config: TileConfig) -> int:
+        """How many parts of what one of `config`'s programs keeps for its whole loop lie in shared memory; 0: it splits
+        that itself."""
+        parts = self.parts(config)
+        return 0 if parts == 1 else parts if config.resident else parts - 1 if config.mixed else 0
+
     def turned(self, config: TileConfig) -> bool:
         """Are operands that a TF32 product sums over rows of transposed beforehand? Not with `late`: without a
         conversion the weights are the operand, and ptxas writes the next ones over them while a product reads them."""
@@ -318,7 +337,7 @@ class Maths:
     def key(self, kernel: str) -> Key:
         """What the table of configurations is asked for."""
         dressed = self.features["LEFT"] or self.features["SOFTCAP"] or self.features["ALIBI"]
-        dressed |= self.pad_d and self.spec_precision == "ieee" and kernel != "fwd"
+        dressed |= self.pad_d and self.spec_precision == "ieee"
         return Key(
             kernel=kernel, arch=self.arch, precision=self.spec_precision, block_d=self.block_d,
             work="dressed" if dressed else "masked" if self.features["RIGHT"] else "full",
@@ -403,21 +422,20 @@ class TurnHeads:
         return out
 
 
-Steps = dict[int, SplitHeads | TurnHeads]
-
-
 class Prepared:
     """A launch that reads some of its tensors as a kernel before it has rewritten them (`steps`), or some of them both
-    ways, the rewritten ones after the others (`more`); both by place."""
+    ways, the rewritten ones after the others (`more`, None where it reads no such one); both by place."""
 
     __slots__ = ("launch", "more", "steps")
 
-    def __init__(self, launch: Launch, steps: Steps, more: Steps | None = None) -> None:
+    def __init__(
+        self, launch: Launch, steps: dict[int, SplitHeads | TurnHeads], more: dict[int, TurnHeads | None] | None = None
+    ) -> None:
         self.launch, self.steps, self.more = launch, steps, more or {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         read = (self.steps[n](x) if n in self.steps else x for n, x in enumerate(tensors))
-        self.launch(*read, *(step(tensors[n]) for n, step in self.more.items()))
+        self.launch(*read, *(step and step(tensors[n]) for n, step in self.more.items()))
 
 
 class Launch:

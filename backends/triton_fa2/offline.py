@@ -68,7 +68,7 @@ def resolved(planned_launch: launch.Launch | launch.Prepared, tensors: tuple) ->
         return planned_launch, tensors
     steps, more = planned_launch.steps, planned_launch.more
     read = (steps[n].empty(x) if n in steps else x for n, x in enumerate(tensors))
-    return planned_launch.launch, (*read, *(step.empty(tensors[n]) for n, step in more.items()))
+    return planned_launch.launch, (*read, *(step and step.empty(tensors[n]) for n, step in more.items()))
 
 
 def build(planned_launch: launch.Launch, tensors: tuple, arch: int, *, sass: bool = True) -> Build:

@@ -56,11 +56,23 @@ def dot_in_chunks(a, start_a, seq_a, stride_a, b, start_b, seq_b, stride_b, head
     its registers hold, and a compiler that keeps one of them over a loop spills it.
     """
     acc = tl.zeros([ROWS_A, ROWS_B], tl.float32)
-    for d in tl.static_range(0, BLOCK_D, CHUNK):
-        x = load_tile(a + d, 0, 0, start_a, seq_a, stride_a, head_dim - d, ROWS_A, CHUNK, PAD_D, TAIL_A, False, WIDE, 1)  # fmt: skip
-        y = load_tile(b + d, 0, 0, start_b, seq_b, stride_b, head_dim - d, ROWS_B, CHUNK, PAD_D, TAIL_B, False, WIDE, 1)  # fmt: skip
-        acc = dot(x, tl.trans(y), acc, "ieee", 1)
+    if BLOCK_D > 64 or (PAD_D and BLOCK_D > 32):  # unrolled, the chunks' addresses and masks spill
+        for d in tl.range(0, head_dim, CHUNK, num_stages=1):
+            acc = add_chunk(acc, d, a, start_a, seq_a, stride_a, b, start_b, seq_b, stride_b, head_dim, ROWS_A, ROWS_B, PAD_D, TAIL_A, TAIL_B, WIDE)  # fmt: skip
+    else:
+        for d in tl.static_range(0, BLOCK_D, CHUNK):
+            acc = add_chunk(acc, d, a, start_a, seq_a, stride_a, b, start_b, seq_b, stride_b, head_dim, ROWS_A, ROWS_B, PAD_D, TAIL_A, TAIL_B, WIDE)  # fmt: skip
     return acc
+
+
+@triton.jit
+def add_chunk(acc, d, a, start_a, seq_a, stride_a, b, start_b, seq_b, stride_b, head_dim,
+              ROWS_A: tl.constexpr, ROWS_B: tl.constexpr, PAD_D: tl.constexpr,
+              TAIL_A: tl.constexpr, TAIL_B: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """acc + dot_in_chunks() of the CHUNK columns from d on."""
+    x = load_tile(a + d, 0, 0, start_a, seq_a, stride_a, head_dim - d, ROWS_A, CHUNK, PAD_D, TAIL_A, False, WIDE, 1)
+    y = load_tile(b + d, 0, 0, start_b, seq_b, stride_b, head_dim - d, ROWS_B, CHUNK, PAD_D, TAIL_B, False, WIDE, 1)
+    return dot(x, tl.trans(y), acc, "ieee", 1)
 
 
 @triton.jit
@@ -162,6 +174,27 @@ def load_tile(x, batch, head, start, seq, stride, head_dim,
             return tl.load(ptrs, mask=cols[None, :] < head_dim, other=0.0)
         else:
             return tl.load(ptrs)
+
+
+@triton.jit
+def load_own(x, batch, head, start, seq, stride, head_dim,
+             ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
+             TMA: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, RESIDENT: tl.constexpr):  # fmt: skip
+    """load_tile() of the rows that a program keeps for its whole loop: split here, into registers, or, if RESIDENT,
+    beforehand, and so many of the parts left in shared memory."""
+    if RESIDENT == 0:
+        tile = load_tile(x, batch, head, start, seq, stride, head_dim, ROWS, BLOCK_D, PAD_D, True, TMA, WIDE, 1)
+        return split(tile, PARTS)
+    else:
+        parts = load_tile(x, batch, head, start, seq, stride, head_dim, ROWS, BLOCK_D, PAD_D, True, TMA, WIDE, PARTS)
+        if RESIDENT == PARTS:
+            return parts
+        else:  # what is computed, be it nothing new, the compiler keeps in registers
+            hi = tl.where(parts[0] == parts[0], parts[0], float("nan"))
+            if PARTS == 2:
+                return hi, parts[1]
+            else:
+                return hi, parts[1], parts[2]
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import time
@@ -26,7 +27,7 @@ import torch
 import triton
 
 from flash2.backends.triton_fa2 import configs, launch, offline
-from flash2.backends.triton_fa2.configs import KERNELS, Key, TileConfig
+from flash2.backends.triton_fa2.configs import FLAGS, KERNELS, Key, TileConfig
 from flash2.core.contract import TORCH_DTYPES, spec_of
 from flash2.core.problem import Problem
 
@@ -44,15 +45,17 @@ def candidates(kernel: str, problem: Problem, arch: int, *, ws: bool = False) ->
     warp-specialised ones, which may hang."""
     block_d = max(16, triton.next_power_of_2(problem.head_dim))
     wide = problem.dtype == "fp32"
-    if kernel in ("dk", "dv") and block_d < 256 and problem.precision not in ("bf16x6", "ieee"):
+    if kernel in ("dk", "dv") and block_d < (128 if wide else 256) and problem.precision not in ("bf16x6", "ieee"):
         return []  # both accumulators fit into the registers
     masked = problem.band != (None, None) or problem.softcap != 0 or problem.alibi
     hopper = arch >= 90 and arch != 120
     parts = {"bf16x3": 2, "bf16x6": 3}.get(problem.precision, 1)
     turned = problem.precision == "tf32"
     sizes = (32, 64, 128) if wide or block_d > 128 else (64, 128)
+    if (parts > 1 or turned) and block_d > 64:
+        sizes = (16, *sizes)
     found = []
-    for m, n, warps, stages, tma, one_loop, late, prepared in itertools.product(
+    for m, n, warps, stages, tma, one_loop, late, prepared, home in itertools.product(
         (*sizes, 256) if kernel == "fwd" and block_d <= 64 and not wide else sizes,
         sizes,
         (4, 8),
@@ -61,29 +64,33 @@ def candidates(kernel: str, problem: Problem, arch: int, *, ws: bool = False) ->
         (False, True) if masked else (False,),
         (False, True) if kernel == "fwd" else (False,),
         (False, True) if parts > 1 or turned else (False,),
+        ("", "resident", "mixed") if parts > 1 else ("",),
     ):
         keys = kernel in ("dkdv", "dk", "dv")  # a program owns keys and loops over queries, or the reverse
         rows, step = (n, m) if keys else (m, n)
         accumulators, tiles, operands = HOLDS[kernel]
         registers = (accumulators * rows * block_d + (tiles + late) * rows * step) / (32 * warps)  # a thread
         element = 2 * parts if prepared and parts > 1 else 4 if wide else 2
-        tiles_a_step = {"dkdv": 4, "dq": 3}.get(kernel, 2) if prepared and turned else 2
-        shared = (operands * rows + tiles_a_step * stages * step) * block_d * element
+        tiles_a_step = {"dkdv": 4, "dk": 3, "dq": 3}.get(kernel, 2) if prepared and turned else 2
+        own = element if parts == 1 or not prepared else {"resident": 2 * parts, "mixed": 2 * parts - 2, "": 0}[home]
+        shared = (operands * rows * own + tiles_a_step * stages * step * element) * block_d
         # What the compiler adds to these: up to 60, without descriptors 100; with late the two tiles overlap in part.
         most = 260 if late else 210 if tma or arch < 90 else 150
         if not 12 <= registers <= most or shared > offline.shared_limit(arch) or rows < 32 * warps // 4:
             continue
         if ((late or prepared) and not tma) or (late and prepared and turned):
             continue
+        if (home and not (prepared and rows >= 64)) or (late and home == "mixed"):
+            continue
         if problem.precision == "ieee":  # bound by the fma units, not by loads
             useful = not tma and not late and m * n <= 1024 * warps and stages <= 2
         elif wide:  # operands and their split parts want registers too
-            useful = registers <= 160 and stages in (2, 3)
+            useful = registers <= 160 and stages in ((1, 2, 3) if prepared else (2, 3))
         else:  # without descriptors registers are short: one choice each
             useful = stages in (2, 3) if tma else stages == 2 and one_loop == masked
         if not useful:
             continue
-        flags = {"tma": tma, "one_loop": one_loop, "late": late, "prepared": prepared}
+        flags = {"tma": tma, "one_loop": one_loop, "late": late, "prepared": prepared, **({home: True} if home else {})}
         found.append(TileConfig(block_m=m, block_n=n, num_warps=warps, num_stages=stages, **flags))
         plain = kernel == "fwd" and not wide and tma and not late and one_loop == masked
         if ws and plain and m == 128 and warps == 4:
@@ -121,7 +128,7 @@ def narrowed(kernel: str, problem: Problem, arch: int, steps: int) -> list[TileC
 def distance(a: TileConfig, b: TileConfig) -> float:
     """How many changes lead from a to b: a size halved or doubled, a flag, another number of stages."""
     sizes = sum(abs(math.log2(getattr(a, name) / getattr(b, name))) for name in ("block_m", "block_n", "num_warps"))
-    flags = sum(getattr(a, name) != getattr(b, name) for name in ("tma", "one_loop", "late", "prepared", "ws"))
+    flags = sum(getattr(a, name) != getattr(b, name) for name in FLAGS if name != "split")
     return sizes + flags + (a.num_stages != b.num_stages)
 
 
@@ -510,7 +517,7 @@ def likely(key: Key, problem: Problem, arch: int) -> list[TileConfig]:
 
 def plainly(config: TileConfig) -> TileConfig:
     """`config` without what only some devices and classes have."""
-    return config.replace(tma=False, late=False, prepared=False, max_regs=0)
+    return config.replace(tma=False, late=False, prepared=False, resident=False, mixed=False, max_regs=0)
 
 
 def rivals(problem: Problem, device: torch.device, rounds: int) -> dict[str, tuple[float, float]]:
@@ -552,7 +559,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--wide", action="store_true", help="try every candidate")
     parser.add_argument("--keep", type=int, default=5, help="candidates timed at every length")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--only", default="", help="try only configurations with this in their name, e.g. late")
+    parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="REGEX",
+                        help="try only configurations in whose name this is found, e.g. 'late|128x.* w8'")  # fmt: skip
     parser.add_argument("--ws", action="store_true", help="also try warp specialisation (may hang; a hang costs 20 s)")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 3), help="processes that compile")
     parser.add_argument("--budget", type=float, default=460, help="seconds after which no new cell is begun")
@@ -582,7 +590,7 @@ def cells(options: argparse.Namespace, arch: int) -> list[tuple[str, list[Proble
                 found = candidates(kernel, problems[0], arch, ws=options.ws)
             else:
                 found = narrowed(kernel, problems[0], arch, steps)
-            if found := [config for config in found if options.only in str(config)]:
+            if found := [config for config in found if options.only.search(str(config))]:
                 grid.append((kernel, problems, found))
     return grid
 

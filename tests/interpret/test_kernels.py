@@ -60,6 +60,7 @@ PROBLEMS = {
     "head-dim-1": ("fp16", {"seq_q": 70, "seq_kv": 33, "head_dim": 1}, {}),
     "head-dim-5": ("ieee", {"seq_q": 70, "seq_kv": 33, "head_dim": 5, "causal": True}, {"layout": "sliced"}),
     "head-dim-40": ("bf16", {"seq_q": 70, "seq_kv": 33, "head_dim": 40}, {"layout": "packed"}),
+    "head-dim-45": ("ieee", {"seq_q": 33, "seq_kv": 70, "head_dim": 45, "causal": True}, {}),
     "head-dim-80": ("fp16", {"seq_q": 70, "seq_kv": 33, "head_dim": 80, "causal": True}, {"layout": "sliced"}),
     "head-dim-200": ("ieee", {"seq_q": 33, "seq_kv": 70, "head_dim": 200}, {}),
     "head-dim-256": ("bf16", {"seq_q": 33, "seq_kv": 70, "head_dim": 256, "causal": True}, {}),
@@ -133,9 +134,14 @@ BANDS = {
 }
 
 
-SWITCHES = {  # class -> switches that are on together; "prepared" is for float32, with tma
-    "fp16": [(), *((flag,) for flag in FLAGS if flag != "prepared"), tuple(f for f in FLAGS if f != "prepared")],
-    **{name: [("tma", "prepared"), tuple(FLAGS)] for name in ("tf32", "bf16x3", "bf16x6")},
+FLOAT32 = ("prepared", "resident", "mixed")  # with tma
+SWITCHES = {  # class -> switches that are on together
+    "fp16": [(), *((flag,) for flag in FLAGS if flag not in FLOAT32), tuple(f for f in FLAGS if f not in FLOAT32)],
+    "tf32": [("tma", "prepared"), ("tma", "prepared", "split"), tuple(FLAGS)],
+    **{
+        name: [("tma", "prepared"), *(("tma", "prepared", own, "split") for own in ("resident", "mixed")), tuple(FLAGS)]
+        for name in ("bf16x3", "bf16x6")
+    },
 }
 
 

@@ -57,6 +57,8 @@ MUTANTS = [
            {"seq_q": 100, "causal": True}),
     Mutant("the first tile of a window is skipped", "key_range",
            returning(lambda r: (r[0] + 32, tl.maximum(r[0] + 32, r[1]), *r[2:])), {"seq_q": 130, "window": (40, 0)}),
+    Mutant("the last piece of head_dim is left out", "add_chunk", called_with(head_dim=lambda n: n - 16),
+           {"seq_q": 33, "head_dim": 45}),
     Mutant("a row past the end is read", "load_tile", called_with(seq=lambda n: n + 1),
            {"seq_q": 70, "seq_kv": 40}, how={"layout": "packed"}),
     Mutant("columns past head_dim are read", "load_tile", called_with(PAD_D=lambda _: False), LONG | {"head_dim": 5},

@@ -36,7 +36,7 @@ def forget():
     TileConfig(block_m=64, block_n=128),
     TileConfig(block_m=64, block_n=128, max_regs=168, late=True),
     TileConfig(block_m=16, block_n=16, num_warps=1, num_stages=1, tma=True, ws=True, one_loop=True, late=True,
-               prepared=True, split=True),
+               prepared=True, resident=True, mixed=True, split=True),
 ])  # fmt: skip
 def test_text_and_back(config):
     assert parse(str(config)) == config
@@ -88,7 +88,9 @@ def test_a_fallback_needs_no_descriptors_and_little_shared_memory(arch):
             for block_d in (16, 32, 64, 128, 256):
                 key = Key(kernel=kernel, arch=arch, precision=precision, block_d=block_d, work="dressed", seq="long")
                 config = configs.fallback(key)
-                assert not (config.tma or config.ws or config.prepared or config.split)
+                assert not (
+                    config.tma or config.ws or config.prepared or config.resident or config.mixed or config.split
+                )
                 element = 2 if precision in ("bf16", "fp16") else 4
                 step = config.block_m if kernel in ("dkdv", "dk", "dv") else config.block_n
                 assert 2 * config.num_stages * step * block_d * element <= 101_376, (key, config)
@@ -100,7 +102,7 @@ def test_every_fallback_is_of_a_kernel_and_class_there_is():
         for kernel, precision, block_d, work in configs._fallbacks(arch):
             assert kernel in ("fwd", "dkdv", "dq")
             assert precision in ("bf16", "fp16", "tf32", "bf16x6", "bf16x3", "tf32x3", "ieee")
-            assert block_d in (64, 128, 256)
+            assert block_d in (32, 64, 128, 256)
             assert work == "any"
 
 
