@@ -200,6 +200,9 @@ TABLES = {
         dk    ieee        64 full         64x64 w4 s2
         dk    ieee        64 masked       64x64 w4 s2 one_loop
         dk    ieee        64 dressed      32x64 w4 s2 r255 one_loop
+        dv    ieee        32 full         64x64 w4 s2
+        dv    ieee        32 masked       64x64 w4 s2 one_loop
+        dv    ieee        32 dressed      32x64 w4 s1 r224 one_loop
         dv    ieee        64 full         64x64 w4 s2
         dv    ieee        64 masked       64x64 w4 s2 one_loop
         dv    ieee        64 dressed      32x64 w4 s2 r255 one_loop

@@ -143,6 +143,19 @@ def squeezed(config: TileConfig, build: offline.Build) -> TileConfig | None:
     return config.replace(max_regs=allowed) if allowed >= 0.8 * build.registers else None
 
 
+def relaxed(config: TileConfig, build: offline.Build) -> TileConfig | None:
+    """`config` with leave to take every register, where the compiler spilled rather than take more than 168."""
+    short = build.spills > 0 and build.registers <= 168 and config.max_regs == 0
+    return config.replace(max_regs=255) if short and config.num_warps <= 8 else None
+
+
+def resized(config: TileConfig, build: offline.Build | str, arch: int) -> TileConfig | None:
+    """`config` squeezed() or relaxed(), where that may help."""
+    if isinstance(build, str):
+        return None
+    return squeezed(config, build) if usable(build, arch) else relaxed(config, build)
+
+
 class Data:
     """Random tensors of one problem and everything its kernels write."""
 
@@ -251,7 +264,7 @@ Job = tuple[str, Problem, TileConfig]
 
 
 def compile_job(job: Job, arch: int) -> dict[Job, offline.Build | str]:
-    """Build one kernel, and its squeezed() form, into Triton's on-disk cache, where a later launch finds them; the
+    """Build one kernel, and its resized() form, into Triton's on-disk cache, where a later launch finds them; the
     reason if it does not build."""
     kernel, problem, config = job
     narrow = problem.replace(pass_="fwd" if kernel == "fwd" else "bwd")
@@ -260,8 +273,8 @@ def compile_job(job: Job, arch: int) -> dict[Job, offline.Build | str]:
         build = offline.build(planned, tensors, arch, sass=False)
     except Exception as error:  # whatever a compiler of this size raises or asserts, the candidate is out
         return {job: f"{type(error).__name__}: {str(error)[:200]}"}
-    if usable(build, arch) and (tight := squeezed(config, build)) is not None:
-        return {job: build, **compile_job((kernel, problem, tight), arch)}
+    if not config.max_regs and (other := resized(config, build, arch)) is not None:
+        return {job: build, **compile_job((kernel, problem, other), arch)}
     return {job: build}
 
 
@@ -314,10 +327,10 @@ class Builds:
         return self.known[job]
 
     def usable(self, kernel: str, problem: Problem, tried: list[TileConfig]) -> list[TileConfig]:
-        """Those of `tried` that fit, and their squeezed() forms that do."""
-        fit = [c for c in tried if usable(self.of((kernel, problem, c)), self.arch)]
-        tight = [squeezed(c, self.of((kernel, problem, c))) for c in fit]
-        return fit + [c for c in tight if c is not None and usable(self.of((kernel, problem, c)), self.arch)]
+        """Those of `tried` and of their resized() forms that fit."""
+        others = [resized(c, self.of((kernel, problem, c)), self.arch) for c in tried]
+        every = dict.fromkeys((*tried, *filter(None, others)))
+        return [c for c in every if usable(self.of((kernel, problem, c)), self.arch)]
 
     def stop(self) -> None:
         """End the processes."""

@@ -91,6 +91,21 @@ def test_one_more_program(warps, registers, shared, squeezed):
     assert found == (config.replace(max_regs=squeezed) if squeezed else None)
 
 
+@pytest.mark.parametrize(
+    ("config", "registers", "spills", "relaxed"),
+    [
+        ("64x64 w4 s2", 168, 8, True),  # ptxas stopped at a third program
+        ("64x64 w4 s2", 255, 8, False),  # there are no more
+        ("64x64 w4 s2", 168, 0, False),
+        ("64x64 w4 s2 r168", 168, 8, False),  # as it was told
+        ("64x64 w16 s2", 128, 8, False),  # 255 are not there for 512 threads
+    ],
+)
+def test_registers_instead_of_spills(config, registers, spills, relaxed):
+    found = tune.resized(parse(config), build(registers=registers, spills=spills), 90)
+    assert found == (parse(config).replace(max_regs=255) if relaxed else None)
+
+
 def test_builds_are_remembered(tmp_path, monkeypatch):
     """A job in the file is not compiled again, for its architecture alone."""
     file, asked = tmp_path / "builds.jsonl", []
@@ -129,7 +144,12 @@ def test_what_spills_is_not_raced():
     builds = tune.Builds(Path("none"), 90, 1)
     fine, spilling, broken = (parse(f"64x64 w4 s{n}") for n in (1, 2, 3))
     tight = fine.replace(max_regs=168)
-    results = {fine: build(registers=177), spilling: build(spills=8), broken: "no", tight: build(registers=168)}
+    results = {
+        fine: build(registers=177),
+        spilling: build(registers=255, spills=8),
+        broken: "no",
+        tight: build(registers=168),
+    }
     builds.known = {("fwd", D64, config): result for config, result in results.items()}
     assert builds.usable("fwd", D64, [fine, spilling, broken]) == [fine, tight]
 
