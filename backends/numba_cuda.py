@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -150,6 +151,8 @@ def _lacking() -> str | None:
     remedy = "pip install -U 'flash2-triton[numba-cuda]'"
     try:
         from numba import cuda
+
+        importlib.import_module("numba.cuda.np.arrayobj")  # as the first launch does: it names what this NumPy may lack
     except Exception as error:  # whatever an installation that does not fit, or another module of that name, comes to
-        return f"numba-cuda does not load ({type(error).__name__}: {error}); {remedy}"
+        return f"numba-cuda does not load beside NumPy {np.__version__} ({type(error).__name__}: {error}); {remedy}"
     return None if cuda.is_available() else f"numba-cuda finds no CUDA driver or no NVVM; {remedy}"
