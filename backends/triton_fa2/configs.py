@@ -257,8 +257,9 @@ FALLBACKS = {
         dq    tf32x3     128 any 16x32 w4 s2 one_loop
         fwd   ieee        64 any 64x64 w8 s2 one_loop
         dkdv  ieee        32 any 16x32 w4 s1 r255 one_loop
-        dkdv  ieee        64 any 16x32 w4 s2 one_loop
-        dq    ieee        64 any 64x64 w8 s2 one_loop
+        dkdv  ieee        64 any 16x32 w4 s2 r255 one_loop
+        dq    ieee        32 any 64x64 w8 s2 one_loop
+        dq    ieee        64 any 64x64 w8 s2 r255 one_loop
         fwd   ieee       128 any 32x32 w4 s2 r168 one_loop
         dkdv  ieee       128 any 32x32 w4 s1 r255 one_loop
         dq    ieee       128 any 64x64 w8 s1 r255 one_loop
