@@ -279,6 +279,9 @@ FALLBACKS = {
         dkdv  bf16x6     128 any 16x16 w8 s1 one_loop
         dkdv  bf16x3      64 any 32x16 w4 s2 one_loop
     """,
+    "sm120": """
+        dq    ieee        32 any 64x64 w8 s1 one_loop
+    """,
 }
 
 
