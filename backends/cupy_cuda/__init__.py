@@ -22,7 +22,7 @@ class CupyCuda(Backend):
         features=frozenset(("causal", "gqa", "cross", "window", "softcap", "alibi", "scale", "empty-rows", "lse")),
         min_arch=(8, 0),
         head_dims=range(1, 257),
-        kernels=r"cuda_(attention_forward|row_statistics|gradients_(kv|q))",
+        kernels=r"cuda_(attention_forward|row_statistics|gradients(_(kv|q|sum))?)",
     )
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class CupyCuda(Backend):
     def pin(self, **texts: str) -> CupyCuda:
         """This backend with some kernels fixed to a tile, until unpinned by pin(): pin(forward="128x64 w4 s2").
 
-        Kernels: forward, statistics, gradients_kv, gradients_q. ValueError for another name or form.
+        Kernels: forward, statistics, gradients_kv, gradients_q; gradients, gradients_sum. ValueError for another name or form.
         """
         launch = _launch()
         if unknown := sorted(set(texts) - set(launch.ENTRIES)):
@@ -61,8 +61,9 @@ class CupyCuda(Backend):
         return _launch().described(problem, device, self.pins)
 
     def scratch_bytes(self, problem):
-        """The backward's row statistics, and copies of the inputs where rows are no multiples of 16 bytes."""
+        """The backward's row statistics and shares of dQ, and copies where rows are no multiples of 16 bytes."""
         statistics = 0 if problem.pass_ == "fwd" else 8 * problem.batch * problem.heads_q * (problem.seq_q + 128)
+        statistics += 0 if problem.pass_ == "fwd" else _launch().bytes_of_shares(problem, self.pins)
         size = 4 if problem.dtype == "fp32" else 2
         if problem.head_dim * size % 16 == 0:
             return statistics
@@ -75,7 +76,7 @@ class CupyCuda(Backend):
         return _launch().attend(q, k, v, spec, self.pins)
 
     def backward(self, do, q, k, v, o, lse, spec):
-        """(dq, dk, dv), three kernels, no atomics: bitwise reproducible."""
+        """(dq, dk, dv), three kernels that add up in one order: bitwise reproducible."""
         return _launch().differentiate(do, q, k, v, o, lse, spec, self.pins)
 
 

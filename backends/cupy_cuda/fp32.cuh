@@ -3,6 +3,9 @@
 #include "problem.cuh"
 
 constexpr int THREADS = 32 * WARPS;
+#ifndef THREAD
+#define THREAD threadIdx.x  // or anew(threadIdx.x): what follows from it is then worked out where it is used
+#endif
 
 extern __shared__ __align__(1024) unsigned char memory[];
 
@@ -24,10 +27,11 @@ __device__ __forceinline__ void load_tile(float *to, const Head &head, int start
     static_assert(THREADS % ACROSS == 0 && COLUMNS % (4 * ACROSS) == 0, "a thread stays in its columns");
     static_assert(ODD == 0 || STEP % 2 == 0, "a thread's rows are all odd or all even");
     constexpr bool EVEN = ROWS % STEP == 0 && (GAP_ROWS == 0 || STEP % GAP_ROWS == 0);
-    const int first = threadIdx.x / ACROSS;
+    const u32 thread = THREAD;
+    const int first = thread / ACROSS;
 #pragma unroll
     for (int part = 0; part < COLUMNS; part += 4 * ACROSS) {
-        const int column = part + threadIdx.x % ACROSS * 4;
+        const int column = part + thread % ACROSS * 4;
         const u32 address = shared_address(to) + 4 * (first * PITCH + first % 2 * ODD + (GAP_ROWS ? first / GAP_ROWS * 4 : 0) + column);
         const float *from = head.rows + (start + first) * head.stride + d + column;
         if (EVEN && start + ROWS <= seq && d + COLUMNS <= head_dim) {

@@ -27,6 +27,8 @@ IEEE_TILES = {
     ("gradients_q", 64): (T(128, 64, 4), T(64, 64, 2)),
     ("gradients_q", 128): (T(128, 128, 8), T(64, 128, 4), T(32, 128, 2)),
     ("gradients_q", 256): (T(64, 256, 8), T(32, 256, 4), T(16, 256, 2)),
+    ("gradients", 64): (T(64, 128, 4), T(64, 64, 2)),
+    ("gradients", 128): (T(128, 128, 8),),
 }
 # With them a warp owns 16 or 32 rows. The forward's stages are single tiles of K or V, the gradients' are pairs.
 TF32_TILES = {
@@ -50,7 +52,8 @@ TF32_DRESSED = {
     ("gradients_q", 64): T(64, 32, 4),
     ("gradients_kv", 64): T(32, 64, 4),
 }
-STATISTICS = T(32, 0, 4)
+BY_ROWS = T(32, 0, 4)  # statistics, gradients_sum
+SHARES_LIMIT = 1 << 30  # bytes of dQ's shares: as much as all tensors of the default grid's problems at head_dim 64
 
 
 def ieee_tile(kernel: str, maths: Maths) -> Tile:
@@ -66,17 +69,37 @@ def tf32_tile(kernel: str, maths: Maths) -> Tile:
 
 
 def _first_that_fits(tiles, shared, kernel: str, maths: Maths) -> Tile:
-    if kernel == "statistics":
-        return STATISTICS
+    if kernel in ("statistics", "gradients_sum"):
+        return BY_ROWS
     limit = shared_limit(maths.arch)
     return next(t for t in tiles[kernel, maths.block_d] if shared(kernel, t, maths.block_d) <= limit)
 
 
+def ieee_parts(maths: Maths, tile: Tile | None) -> int:
+    """The parts of the keys with which `gradients` is done first; 0 where two kernels, or none of its tiles, are."""
+    pinned, limit = tile is not None, shared_limit(maths.arch)
+    choice = [tile] if tile else IEEE_TILES.get(("gradients", maths.block_d), ())
+    tile = next((t for t in choice if ieee_shared("gradients", t, maths.block_d) <= limit), None)
+    if tile is None or tile.block_n % maths.block_d:
+        return 0
+    at_once = maths.processors * 8 // tile.warps  # blocks; all registers of a multiprocessor are 8 warps'
+    tiles, heads = -(-maths.seq_kv // tile.block_n), maths.batch * maths.heads_kv
+    queries, keys = maths.seq_q * maths.heads // maths.heads_kv, tiles * tile.block_n
+    one = 4 * maths.batch * maths.heads * maths.rows_padded * maths.block_d  # bytes of a part's shares
+    most = min(tiles, max(SHARES_LIMIT // one, 1))
+    # Products x the tiles that the busiest place has one after the other, for each number of parts; of two kernels.
+    times = {parts: 5 * -(-heads * parts // at_once) * -(-tiles // parts) * queries for parts in range(1, most + 1)}
+    rows = -(-maths.seq_q // tile.block_n) * maths.batch * maths.heads
+    apart = 4 * -(-heads * tiles // at_once) * queries + 3 * -(-rows // at_once) * keys
+    best = min(times, key=times.get, default=0)
+    return best if best and (pinned or times[best] <= apart) else 0
+
+
 def ieee_shared(kernel: str, tile: Tile, block_d: int) -> int:
     """Bytes of dynamic shared memory: the tiles that stay and the weights, and a ring of pieces."""
-    if kernel == "statistics":
+    if kernel in ("statistics", "gradients_sum"):
         return 0
-    rows = tile.block_n if kernel == "gradients_kv" else tile.block_m
+    rows = tile.block_n if kernel in ("gradients_kv", "gradients") else tile.block_m
     staying = 2 if kernel == "forward" else 3
     gap = 4 if block_d < 256 else 0  # between a tile's even and its odd rows
     chunk = 32 if block_d < 256 else 8 if kernel == "gradients_kv" else 16  # columns or rows in a piece: CHUNK
@@ -99,5 +122,8 @@ def _sources(name: str) -> dict[str, str]:
     return {"statistics": "fp32_statistics.cu", **{kernel: f"fp32_{name}_{kernel}.cu" for kernel in kernels}}
 
 
-IEEE = Family(sources=_sources("simt"), head_dims=(64, 128, 256), tile=ieee_tile, shared=ieee_shared)
+IEEE = Family(
+    sources=_sources("simt") | {"gradients": "fp32_simt_gradients_kv.cu", "gradients_sum": "fp32_simt_gradients_sum.cu"},
+    head_dims=(64, 128, 256), tile=ieee_tile, shared=ieee_shared, parts=ieee_parts,
+)  # fmt: skip
 TF32 = Family(sources=_sources("tf32"), head_dims=(32, 64, 128, 256), tile=tf32_tile, shared=tf32_shared)

@@ -30,7 +30,7 @@ __device__ __forceinline__ float part(const float4 &x, int n) { return n == 0 ? 
 struct Place {  // of a thread
     int tx, row;  // its first row in the block's tile; the others follow TY apart
     __device__ __forceinline__ Place() {
-        const int lane = threadIdx.x % 32;
+        const u32 thread = THREAD, lane = thread % 32;
         if (TX == 8) {  // lane's bits, from the highest: ty 1, tx 0, tx 2, tx 1, ty 0. So a quarter of put() fills all banks.
             tx = (lane >> 3 & 1) | (lane & 6);
             row = (lane & 1) | (lane >> 3 & 2);
@@ -38,7 +38,7 @@ struct Place {  // of a thread
             tx = TX == 32 ? lane : (lane >> 3 & 1) | (lane & 6) | (lane >> 1 & 8);
             row = TX == 32 ? 0 : lane & 1;
         }
-        row += threadIdx.x / 32 * 8 * TY;
+        row += thread / 32 * 8 * TY;
     }
     __device__ __forceinline__ int start() const { return row * PITCH + row % 2 * ODD; }  // of its rows in a tile that stays
     __device__ __forceinline__ int column(int c) const { return 4 * tx + c % 4 + c / 4 * 4 * TX; }
@@ -95,6 +95,28 @@ __device__ __forceinline__ void multiply_nn(bool careful, Tile &acc, const float
         multiply_nn<true>(acc, a, b + 4 * at.tx);
     } else {
         multiply_nn<false>(acc, a, b + 4 * at.tx);
+    }
+}
+
+// acc += a^T b over BLOCK_D rows of two tiles that stay: a at the thread's first column, b at its tx.
+template <bool CAREFUL>
+__device__ __forceinline__ void multiply_tn(Tile &acc, const float *a, const float *b) {
+#pragma unroll 1
+    for (int k = 0; k < BLOCK_D; k += 4, a += 4 * PITCH, b += 4 * PITCH) {
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const int row = n * PITCH + n % 2 * ODD;
+            const float4 x[2] = {load4(a + row), load4(a + row + 4 * TY)};
+            const float4 y[2] = {load4(b + row), load4(b + row + 4 * TX)};
+#pragma unroll
+            for (int r = 0; r < 8; r++) {
+                const float w = part(x[r / 4], r % 4);
+                if (!CAREFUL || __float_as_uint(w) != HIDDEN) {
+#pragma unroll
+                    for (int c = 0; c < 8; c++) acc[r][c] = fmaf(w, part(y[c / 4], c % 4), acc[r][c]);
+                }
+            }
+        }
     }
 }
 

@@ -30,6 +30,8 @@ ENTRIES = {
     "statistics": "cuda_row_statistics",
     "gradients_kv": "cuda_gradients_kv",
     "gradients_q": "cuda_gradients_q",
+    "gradients": "cuda_gradients",
+    "gradients_sum": "cuda_gradients_sum",
 }
 # The class of maths as the sources know it.
 PRECISION_CODES = {"fp16": 0, "bf16": 1, "ieee": 2, "tf32": 3}
@@ -37,8 +39,8 @@ LOG2E = math.log2(math.e)
 SMALLEST_NORMAL = 2.0**-126
 ROWS = 128  # lse2 and delta are padded to a multiple of this, so that a tile of query rows needs no check there
 # struct Params of params.cuh: pointers, then what a plan keeps.
-POINTERS = struct.Struct("12Q")
-CONSTANTS = struct.Struct("24q 2q 8i 3f 4x")
+POINTERS = struct.Struct("13Q")
+CONSTANTS = struct.Struct("24q 2q 8i 3f i")
 Pins = dict[str, Tile | HopperTile]  # kernel -> the tile it must run with
 
 
@@ -55,7 +57,7 @@ def attend(
         plan = remember(key, plan_forward(q, k, v, o, spec, pins or {}))
     plan(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr(),
-        0 if slopes is None else slopes.data_ptr(), 0, 0, 0, 0, 0, 0,
+        0 if slopes is None else slopes.data_ptr(), 0, 0, 0, 0, 0, 0, 0,
     )  # fmt: skip
     return o, lse
 
@@ -78,10 +80,12 @@ def differentiate(
     rows = torch.empty(
         (2, q.shape[0] * q.shape[1], -(-q.shape[2] // ROWS) * ROWS), dtype=torch.float32, device=q.device
     )
+    shares = torch.zeros(plan.shares, dtype=torch.float32, device=q.device) if plan.shares else None
     plan(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr(),
         0 if slopes is None else slopes.data_ptr(), do.data_ptr(), rows.data_ptr(),
         rows.data_ptr() + rows.stride(0) * 4, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(),
+        0 if shares is None else shares.data_ptr(),
     )  # fmt: skip
     return dq, dk, dv
 
@@ -149,8 +153,26 @@ class Maths:
         self.fold = not (self.softcap or self.alibi) and self.scale >= SMALLEST_NORMAL
         self.block_d = min(d for d in self.family.head_dims if d >= self.head_dim)
         self.hopper = hopper.suits(self)
+        self.rows_padded = -(-self.seq_q // ROWS) * ROWS
+        self.parts = 0  # of the keys, whose shares of dQ are kept apart
         slopes = spec.alibi_slopes
         self.slope_strides = (0, 0) if slopes is None else (0, *slopes.stride())[-2:]
+
+    def gradients(self, pins: Pins) -> list[str]:
+        """The kernels of the backward in their order; sets `parts` for those that add up shares of dQ.
+
+        ValueError for a pinned tile that no such kernel has.
+        """
+        if not pins.keys() & {"gradients_kv", "gradients_q"}:
+            self.parts = self.family.parts(self, pins.get("gradients"))
+        if "gradients" in pins and not self.parts:
+            raise ValueError(f"tile {pins['gradients']} does not suit: no kernel has both sides' gradients here")
+        return ["statistics", *(("gradients", "gradients_sum") if self.parts else ("gradients_kv", "gradients_q"))]
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """The shape of Params' shares, float32; empty if there are none."""
+        return (self.batch * self.heads, self.parts, self.rows_padded, self.block_d) if self.parts else ()
 
     def kernel(self, name: str, pins: Pins) -> Kernel:
         """Kernel `name` on these sizes, in the tile that is pinned or that the family's table says.
@@ -171,20 +193,24 @@ class Maths:
                 name=name, source=hopper.SOURCE, tile=tile, defines=defines, shared=defines["SHARED"], grid=blocks,
                 threads=32 * tile.warps,
             )  # fmt: skip
-        rows, heads = (self.seq_kv, self.heads_kv) if name == "gradients_kv" else (self.seq_q, self.heads)
-        block = tile.block_n if name == "gradients_kv" else tile.block_m
+        over_keys = name in ("gradients_kv", "gradients")
+        rows, heads = (self.seq_kv, self.heads_kv) if over_keys else (self.seq_q, self.heads)
+        block = tile.block_n if over_keys else tile.block_m
         if name == "statistics":
-            rows = -(-self.seq_q // ROWS) * ROWS
+            rows = self.rows_padded
+        blocks = self.parts if name == "gradients" else -(-rows // block)
         shared = self.family.shared(name, tile, self.block_d)
         defines = {
             "PRECISION": PRECISION_CODES[self.precision], "BLOCK_D": self.block_d, "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n, "WARPS": tile.warps, "STAGES": tile.stages, "SHARED": shared,
         }  # fmt: skip
-        if name != "statistics":
+        if name == "gradients":
+            defines["SHARES"] = 1
+        if name not in ("statistics", "gradients_sum"):
             defines |= {"SOFTCAP": int(self.softcap), "ALIBI": int(self.alibi), "FOLD": int(self.fold)}
         return Kernel(
             name=name, source=self.family.sources[name], tile=tile, defines=defines, shared=shared,
-            grid=-(-rows // block) * self.batch * heads, threads=32 * tile.warps,
+            grid=blocks * self.batch * heads, threads=32 * tile.warps,
         )  # fmt: skip
 
     def constants(self, *tensors: torch.Tensor | None) -> bytes:
@@ -192,7 +218,7 @@ class Maths:
         strides = [s for x in tensors for s in ((0, 0, 0) if x is None else x.stride()[:3])]
         return CONSTANTS.pack(
             *strides, *self.slope_strides, self.heads, self.heads // self.heads_kv, self.seq_q, self.seq_kv,
-            -(-self.seq_q // ROWS) * ROWS, self.head_dim, self.left, self.right, self.scale, self.cap, self.dscale,
+            self.rows_padded, self.head_dim, self.left, self.right, self.scale, self.cap, self.dscale, self.parts,
         )  # fmt: skip
 
 
@@ -210,21 +236,33 @@ def plan_forward(q, k, v, o, spec: Spec, pins: Pins) -> Plan:
 def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, pins: Pins) -> Plan:
     """The backward launches, in their order, for tensors laid out like these."""
     maths = Maths(q, k, spec, arch_of(q.device), processors_of(q.device))
-    kernels = [maths.kernel(name, pins) for name in ("statistics", "gradients_kv", "gradients_q")]
-    return Plan(kernels, maths.constants(q, k, v, o, do, dq, dk, dv), q.device)
+    kernels = [maths.kernel(name, pins) for name in maths.gradients(pins)]
+    return Plan(kernels, maths.constants(q, k, v, o, do, dq, dk, dv), q.device, maths.shares)
 
 
-def kernels_of(problem: Problem, arch: int, pins: Pins) -> list[Kernel]:
-    """What contiguous tensors of `problem` would launch on compute capability `arch` (90 for 9.0), in order."""
+def maths_of(problem: Problem, arch: int) -> Maths:
+    """Of contiguous tensors of `problem` on compute capability `arch` (90 for 9.0), with an H100's multiprocessors."""
     with torch.device("meta"):
         dtype = TORCH_DTYPES[problem.dtype]
         q = torch.empty(problem.batch, problem.heads_q, problem.seq_q, problem.head_dim, dtype=dtype)
         k = torch.empty(problem.batch, problem.heads_kv, problem.seq_kv, problem.head_dim, dtype=dtype)
         slopes = torch.empty(problem.heads_q) if problem.alibi else None
-    maths = Maths(q, k, spec_of(problem, slopes), arch, hopper.PROCESSORS)
+    return Maths(q, k, spec_of(problem, slopes), arch, hopper.PROCESSORS)
+
+
+def kernels_of(problem: Problem, arch: int, pins: Pins) -> list[Kernel]:
+    """What such tensors would launch, in order."""
+    maths = maths_of(problem, arch)
     names = ["forward"] if problem.pass_ != "bwd" else []
-    names += ["statistics", "gradients_kv", "gradients_q"] if problem.pass_ != "fwd" else []
+    names += maths.gradients(pins) if problem.pass_ != "fwd" else []
     return [maths.kernel(name, pins) for name in names]
+
+
+def bytes_of_shares(problem: Problem, pins: Pins) -> int:
+    """What the backward's shares of dQ take on an H100."""
+    maths = maths_of(problem, 90)
+    maths.gradients(pins)
+    return 4 * math.prod(maths.shares) if maths.shares else 0
 
 
 def described(problem: Problem, device: torch.device, pins: Pins) -> list[str]:
@@ -288,11 +326,13 @@ def module_of(source: str, defines: tuple[tuple[str, int], ...], device: torch.d
 class Plan:
     """Kernels that run one after the other on the same Params, of which a call fills in the pointers."""
 
-    __slots__ = ("arguments", "context", "device", "kernels", "launch", "lock", "memory", "place", "pointer")
+    __slots__ = ("arguments", "context", "device", "kernels", "launch", "lock", "memory", "place", "pointer", "shares")
     head = 0  # bytes before Params in what the kernels are handed
 
-    def __init__(self, kernels: list[Kernel], constants: bytes, device: torch.device) -> None:
-        self.kernels, self.device = kernels, device
+    def __init__(
+        self, kernels: list[Kernel], constants: bytes, device: torch.device, shares: tuple[int, ...] = ()
+    ) -> None:
+        self.kernels, self.device, self.shares = kernels, device, shares
         size = self.head + POINTERS.size + len(constants)
         self.memory = ctypes.create_string_buffer(size + 64)
         begin = -ctypes.addressof(self.memory) % 64  # where tensor maps may stand

@@ -14,10 +14,12 @@ struct Params {
     const void *go;       // dO
     float *lse2, *delta;  // [batch * heads, rows_padded]: lse in log2, +inf for a row that sees no key; o.do
     void *dq, *dk, *dv;
+    float *shares;  // [batch * heads, parts, rows_padded, BLOCK_D]: what each part of the keys adds to dq, before dscale
     Strides sq, sk, sv, so, sgo, sdq, sdk, sdv;
     long long slopes_batch, slopes_head;
     int heads, group, seq_q, seq_kv, rows_padded, head_dim;
     int left, right;  // query i (bottom-right: row + seq_kv - seq_q) sees keys i - left .. i + right
     // Logits in the log2 domain: s * scale, or with SOFTCAP cap * tanh(s * scale); dscale is the user's scale.
     float scale, cap, dscale;
+    int parts;
 };

@@ -24,6 +24,10 @@ __device__ __forceinline__ u32 shared_address(const void *x) { return static_cas
 // x, of which the compiler forgets what it knows: what is computed from it is not kept over a loop in registers that are
 // needed for more.
 __device__ __forceinline__ void forget(u32 &x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ int anew(u32 x) {
+    forget(x);
+    return x;
+}
 
 // ---- 16-bit numbers: PRECISION 0 is fp16, 1 bf16
 
@@ -72,6 +76,19 @@ __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_gr
 template <int PENDING>
 __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// ---- registers to global memory
+
+// to[0..3] += a, b, c, d. One thread's additions to an address come in its order.
+__device__ __forceinline__ void add4(float *to, float a, float b, float c, float d) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+#else
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;\n\tred.relaxed.gpu.global.add.f32 [%0+4], %2;\n\t"
+                 "red.relaxed.gpu.global.add.f32 [%0+8], %3;\n\tred.relaxed.gpu.global.add.f32 [%0+12], %4;"
+                 ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+#endif
 }
 
 // ---- shared memory

@@ -33,13 +33,17 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """The kernels forward, statistics, gradients_kv and gradients_q of one or more classes of maths.
+    """The kernels forward, statistics, gradients_kv and gradients_q of one or more classes of maths; `gradients` and
+    gradients_sum where there are kernels with both sides' gradients at once.
 
     sources: kernel -> its file here. head_dims: what head_dim is padded to, ascending. tile(kernel, maths): the tile
     for a problem on maths.arch. shared(kernel, tile, block_d): bytes of dynamic shared memory, the SHARED of a source.
+    parts(maths, tile): into how many parts `gradients` divides a head's keys, in that tile or None for the table's; 0 for
+    two kernels.
     """
 
     sources: dict[str, str]
     head_dims: tuple[int, ...]
     tile: Callable[[str, Maths], Tile]
     shared: Callable[[str, Tile, int], int]
+    parts: Callable[[Maths, Tile | None], int] = lambda maths, tile: 0

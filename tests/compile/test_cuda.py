@@ -25,20 +25,32 @@ FEATURES = {
 # Where Hopper's forward has tiles of their own.
 HOPPER = {"long": {"seq_q": 4096}, "causal": {"causal": True}, "long-causal": {"causal": True, "seq_q": 4096}}
 KERNELS = ("forward", "statistics", "gradients_kv", "gradients_q")
-MATRIX = {
-    f"sm{arch}-{precision}-d{head_dim}-{feature}-{kernel}": (arch, precision, head_dim, feature, kernel)
-    for arch in NAMES
-    for precision, family in launch.FAMILIES.items()
-    for head_dim in family.head_dims
-    for feature in FEATURES
-    for kernel in KERNELS
-    if feature == "plain" or kernel != "statistics"
-} | {
-    f"sm90-{precision}-d{head_dim}-{feature}-forward": (90, precision, head_dim, feature, "forward")
-    for precision in ("fp16", "bf16")
-    for head_dim in (64, 128)
-    for feature in HOPPER
-}
+# Where both sides' gradients have one kernel: IEEE arithmetic, if its tiles fit into shared memory.
+BOTH = [(arch, head_dim) for arch in NAMES for head_dim in (64, 128) if head_dim == 64 or arch in (90, 100)]
+MATRIX = (
+    {
+        f"sm{arch}-{precision}-d{head_dim}-{feature}-{kernel}": (arch, precision, head_dim, feature, kernel)
+        for arch in NAMES
+        for precision, family in launch.FAMILIES.items()
+        for head_dim in family.head_dims
+        for feature in FEATURES
+        for kernel in KERNELS
+        if feature == "plain" or kernel != "statistics"
+    }
+    | {
+        f"sm{arch}-ieee-d{head_dim}-{feature}-{kernel}": (arch, "ieee", head_dim, feature, kernel)
+        for arch, head_dim in BOTH
+        for feature in FEATURES
+        for kernel in ("gradients", "gradients_sum")
+        if feature == "plain" or kernel == "gradients"
+    }
+    | {
+        f"sm90-{precision}-d{head_dim}-{feature}-forward": (90, precision, head_dim, feature, "forward")
+        for precision in ("fp16", "bf16")
+        for head_dim in (64, 128)
+        for feature in HOPPER
+    }
+)
 CHOICE = [
     "sm90-bf16-d64-plain-forward",
     "sm90-bf16-d128-plain-forward",
@@ -51,7 +63,9 @@ CHOICE = [
     "sm90-bf16-d64-plain-statistics",
     "sm90-tf32-d64-plain-forward",
     "sm90-ieee-d64-plain-forward",
-    "sm90-ieee-d64-plain-gradients_kv",
+    "sm90-ieee-d64-plain-gradients",
+    "sm90-ieee-d128-plain-gradients",
+    "sm80-ieee-d64-plain-gradients_sum",
     "sm80-fp16-d192-softcap-gradients_kv",
     "sm80-tf32-d128-alibi-gradients_q",
     "sm80-bf16-d96-dressed-forward",
@@ -62,16 +76,17 @@ CHOICE = [
 ]
 
 
-# Open: IEEE arithmetic with all 255 registers in use. dK, dV hold three tiles of 64 floats a thread: on sm_90 softcap or
-# ALiBi take up to five registers more than there are, on the others the assembler needs some for itself. After sm_90 it
-# does so in the other kernels too, once they have softcap or ALiBi.
+# Open: IEEE arithmetic with all 255 registers in use. dK, dV hold three tiles of 64 floats a thread, and other assemblers
+# than sm_90's need some registers more for ALiBi. After sm_90 they do so in the other kernels too, once they have softcap
+# or ALiBi.
 DRESSED = ("alibi", "softcap", "dressed")
 SPILLING = {
     name
     for name, (arch, precision, _, feature, kernel) in MATRIX.items()
     if precision == "ieee"
     and (
-        (kernel == "gradients_kv" and (arch != 90 or feature in DRESSED))
+        (kernel == "gradients_kv" and arch != 90 and feature in ("alibi", "dressed"))
+        or (kernel == "gradients" and arch == 120 and feature in ("softcap", "dressed"))
         or (kernel in ("forward", "gradients_q") and arch > 90 and feature in DRESSED)
     )
 }
@@ -81,8 +96,8 @@ def kernel_of(arch: int, precision: str, head_dim: int, feature: str, name: str,
     """The kernel that such a problem launches."""
     dtype = precision if precision in ("fp16", "bf16") else "fp32"
     fields = {"seq_q": 512, "pass_": "fwd+bwd", **{**FEATURES, **HOPPER}[feature]}
-    problem = Problem(heads_q=2, head_dim=head_dim, dtype=dtype, precision=precision, **fields)
-    return next(kernel for kernel in launch.kernels_of(problem, arch, pins or {}) if kernel.name == name)
+    maths = launch.maths_of(Problem(heads_q=2, head_dim=head_dim, dtype=dtype, precision=precision, **fields), arch)
+    return maths.kernel(name, pins or {})
 
 
 def pytest_generate_tests(metafunc):

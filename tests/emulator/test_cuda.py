@@ -8,13 +8,16 @@ from __future__ import annotations
 import shutil
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from cuda_on_cpu import COMPILER, CudaOnCPU
 from judged import Case
 
-from flash2.backends.cupy_cuda import compile, hopper, launch
+from flash2.backends.cupy_cuda import compile, fp32, hopper, launch
+from flash2.core.contract import spec_of
+from flash2.core.problem import Problem
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no g++"),
@@ -95,6 +98,45 @@ def judge_hopper(eager: bool, tile: str | None, precision: str, head_dim: int, f
     (kernel,) = launch.kernels_of(problem, 90, backend.pins)
     assert kernel.source == hopper.SOURCE
     case.judge(problem, **how)
+
+
+# name -> (pins, head_dim, feature, most parts that the keys are divided into) of the IEEE backward: two warps have one team
+# for dQ, four have two, eight four. A block with more than one tile of keys walks over them.
+IEEE: dict[str, tuple[dict[str, str], int, str, int]] = {
+    "two-kernels": ({"gradients_kv": "64x64 w2 s2"}, 61, "causal", 0),
+    "one-team": ({"gradients": "64x64 w2 s2"}, 64, "long", 2),
+    "two-teams": ({"gradients": "64x128 w4 s2"}, 61, "everything", 1),
+    "four-teams": ({"gradients": "64x256 w8 s2"}, 64, "causal", 1),
+    "wide": ({"gradients": "128x128 w8 s2"}, 75, "everything", 1),
+    "chosen": ({}, 40, "long", 9),
+}  # fmt: skip
+FEATURES["long"] = ({**GROUPED, "seq_q": 150, "seq_kv": 300, "causal": True, "window": (170, 0)}, {})
+
+
+def judge_ieee(eager: bool, most: int, pins: dict[str, str], head_dim: int, feature: str) -> None:
+    """As judge() does, both passes in IEEE arithmetic, with at most so many parts of the keys."""
+    backend = CudaOnCPU(eager, arch=90)
+    problem = Case(backend, "ieee", torch.device("cpu")).problem(**FEATURES[feature][0], head_dim=head_dim)
+    one = 4 * problem.batch * problem.heads_q * -(-problem.seq_q // 128) * 128 * (64 if head_dim <= 64 else 128)
+    with mock.patch.object(fp32, "SHARES_LIMIT", most * one):
+        judge(backend.pin(**pins) if pins else backend, "ieee", head_dim, feature)
+
+
+def test_ieee_gradients_are_right(ieee_cell):
+    pins, head_dim, feature, most = IEEE[ieee_cell]
+    for eager in (False, True):
+        judge_ieee(eager, most, pins, head_dim, feature)
+
+
+def test_keys_past_the_end_bring_nothing_to_dq():
+    """Where every logit is far below 0, exp2(0 - lse2) of a key that is not there is infinite."""
+    for pins in ({"gradients": "64x128 w4 s2"}, {"gradients_kv": "64x64 w2 s2"}):
+        backend = CudaOnCPU().pin(**pins)
+        q, k, v, do = (torch.full((1, 1, n, 64), x) for n, x in ((200, 5.0), (70, -5.0), (70, 1.0), (200, 1.0)))
+        spec = spec_of(Problem(seq_q=200, seq_kv=70, head_dim=64, dtype="fp32", precision="ieee"))
+        o, lse = backend.forward(q, k, v, spec)
+        assert lse.max() < -150
+        assert all(gradient.isfinite().all() for gradient in backend.backward(do, q, k, v, o, lse, spec))
 
 
 def test_the_choice_has_every_source_and_class():
@@ -180,6 +222,23 @@ PLANTED_IN = (
     {"heads_q": 3, "seq_q": 200, "seq_kv": 264, "causal": True}, {},
 )  # fmt: skip
 
+# bug -> (file, what stands there, what is planted, an IEEE cell)
+KV = "fp32_simt_gradients_kv.cu"
+PLANTED_IEEE = {
+    "hidden pairs counted in dQ": (KV, "add_share(masked,", "add_share(false,", "two-teams"),
+    "sums written where weights are still read": (KV, "__syncthreads();  // the weights are read", "//", "two-teams"),
+    "sums read before they are there": (
+        KV, "        __syncthreads();\n    }\n    to +=", "    }\n    to +=", "four-teams"),
+    "another team's sums": (KV, "(own * TEAMS + other)", "(other * TEAMS + own)", "four-teams"),
+    "every team the first one's keys": (KV, "*b = k + team * BLOCK_D * PITCH", "*b = k", "two-teams"),
+    "a tile of keys passed over": (KV, "(start_n / ROWS / p.parts + 1)", "(start_n / ROWS / p.parts + 2)", "one-team"),
+    "keys overwritten while they are read": (KV, "__syncthreads();  // the tile of keys is read", "//", "one-team"),
+    "one part's shares for all, in whatever order": (KV, "anew(blockIdx.x) % p.parts)", "0)", "one-team"),
+    "every head the first one's shares": (KV, "(batch * p.heads + loader.head) * p.parts", "batch * p.parts", "one-team"),
+    "dQ without the scale": ("fp32_simt_gradients_sum.cu", "sum.x * p.dscale", "sum.x", "one-team"),
+    "the last part left out": ("fp32_simt_gradients_sum.cu", "n < p.parts", "n < p.parts - 1", "one-team"),
+}  # fmt: skip
+
 # fixture -> (all, what is run by default): each kind of fault, where it costs least
 PARAMETERS = {
     "hopper_cell": (HOPPER, ["shipped-causal", "three-groups", "window"]),
@@ -190,6 +249,14 @@ PARAMETERS = {
             "one hidden key too many", "the diagonal from the top left", "the wrong head of K and V",
             "a hidden pair counted in dK and dV", "delta with the wrong sign", "a row that saw no key, not told apart",
             "a float32 ring without its barrier",
+        ],
+    ),
+    "ieee_cell": (IEEE, ["two-kernels", "one-team", "two-teams", "chosen"]),
+    "ieee_bug": (
+        PLANTED_IEEE,
+        [
+            "hidden pairs counted in dQ", "sums written where weights are still read", "a tile of keys passed over",
+            "keys overwritten while they are read", "the last part left out",
         ],
     ),
     "hopper_bug": (
@@ -225,6 +292,14 @@ def test_a_planted_fault_is_seen(bug, plant):
     both = [CudaOnCPU(eager).pin(**pins) for eager in (False, True)]
     with pytest.raises((AssertionError, RuntimeError)):
         [judge(backend, precision, head_dim, feature, pass_) for backend in both]
+
+
+def test_a_planted_fault_in_ieee_gradients_is_seen(ieee_bug, plant):
+    *change, cell = PLANTED_IEEE[ieee_bug]
+    plant(*change)
+    pins, head_dim, feature, most = IEEE[cell]
+    with pytest.raises((AssertionError, RuntimeError)):
+        [judge_ieee(eager, most, pins, head_dim, feature) for eager in (False, True)]
 
 
 def test_a_planted_fault_in_hoppers_forward_is_seen(hopper_bug, plant):

@@ -14,7 +14,7 @@ import torch
 
 from flash2 import get_backend
 from flash2.backends import cupy_cuda
-from flash2.backends.cupy_cuda import compile, hopper, launch
+from flash2.backends.cupy_cuda import compile, fp32, hopper, launch
 from flash2.core.contract import spec_of
 from flash2.core.problem import Problem
 
@@ -220,7 +220,7 @@ def test_a_call_is_one_launch_on_torchs_stream(device):
     o, lse = launch.attend(q, k, v, spec)
     (one,) = device.launched
     assert one.stream == 77 and one.grid == (3 * 4 * 3, 1, 1) and one.block == (128, 1, 1)
-    assert one.pointers == (*(x.data_ptr() for x in (q, k, v, o, lse)), *[0] * 7)
+    assert one.pointers == (*(x.data_ptr() for x in (q, k, v, o, lse)), *[0] * 8)
     assert one.shared > 48 * 1024
     assert device.shared == {"cuda_attention_forward": ("max_dynamic_shared_size_bytes", one.shared)}
     launch.differentiate(torch.ones_like(o), q, k, v, o, lse, spec)
@@ -258,6 +258,73 @@ def test_a_plan_is_made_once_a_layout(device):
     turned = q.transpose(1, 2).contiguous().transpose(1, 2)
     launch.attend(turned, k, v, spec)
     assert len(launch._plans) == 2
+
+
+# ---- shares of dQ
+
+
+def planned(**fields):
+    """(Maths, kernels' names) of an IEEE backward on an H100."""
+    problem = Problem(**{"seq_q": 2048, "head_dim": 64, "dtype": "fp32", "precision": "ieee", "pass_": "bwd", **fields})
+    sizes = launch.maths_of(problem, 90)
+    return sizes, sizes.gradients({})
+
+
+@pytest.mark.parametrize("seq", [512, 1024, 2048, 4096, 8192, 16384])
+def test_the_default_grid_has_one_kernel_for_both_sides(seq):
+    for causal in (False, True):
+        sizes, names = planned(batch=16384 // seq, heads_q=32, seq_q=seq, causal=causal)
+        assert names == ["statistics", "gradients", "gradients_sum"]
+        blocks, tiles = 16384 // seq * 32 * sizes.parts, seq // 128
+        assert 1 <= sizes.parts <= tiles and blocks >= 0.95 * 264  # of two blocks a multiprocessor
+        assert 4 * torch.Size(sizes.shares).numel() <= fp32.SHARES_LIMIT
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"seq_q": 1 << 17, "heads_q": 8},  # few parts would leave most multiprocessors without a block
+        {"head_dim": 256, "heads_q": 64, "batch": 4},
+        {"precision": "tf32", "heads_q": 64, "batch": 4},
+    ],
+)
+def test_two_kernels_where_one_does_not_suit(fields):
+    sizes, names = planned(**fields)
+    assert names == ["statistics", "gradients_kv", "gradients_q"] and sizes.parts == 0 and sizes.shares == ()
+    problem = Problem(**{"seq_q": 2048, "head_dim": 64, "dtype": "fp32", "precision": "ieee", **fields})
+    assert get_backend("cupy").scratch_bytes(problem.replace(pass_="bwd")) < 4 * problem.batch * problem.heads_q * (
+        problem.seq_q * problem.head_dim
+    )
+
+
+def test_pins_choose_one_kernel_or_two():
+    problem = Problem(heads_q=4, seq_q=500, head_dim=64, dtype="fp32", precision="ieee", pass_="bwd")
+    for pin, names in (
+        ({"gradients": "64x64 w2 s2"}, ["gradients", "gradients_sum"]),
+        ({"gradients_q": "64x64 w2 s2"}, ["gradients_kv", "gradients_q"]),
+    ):
+        pins = {name: launch.parse_tile(text) for name, text in pin.items()}
+        assert [kernel.name for kernel in launch.kernels_of(problem, 90, pins)] == ["statistics", *names]
+    with pytest.raises(ValueError, match="does not suit"):
+        launch.kernels_of(problem.replace(precision="tf32"), 90, {"gradients": launch.parse_tile("64x64 w2 s2")})
+
+
+def test_shares_begin_at_zero_and_are_the_scratch_that_is_foretold(device, monkeypatch):
+    problem = Problem(
+        batch=2, heads_q=4, heads_kv=2, seq_q=300, head_dim=40, dtype="fp32", precision="ieee", pass_="bwd"
+    )
+    q, k, v, spec = (x.float() if isinstance(x, torch.Tensor) else x for x in tensors(problem))
+    monkeypatch.setattr(launch, "processors_of", lambda device: 132)
+    monkeypatch.setattr(launch, "arch_of", lambda device: 90)
+    made, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: made.append(zeros(*a, **k)) or made[-1])
+    launch.differentiate(q, q, k, v, q, q[..., 0], spec)
+    (shares,) = made
+    assert [one.pointers[12] for one in device.launched] == [shares.data_ptr()] * 3
+    assert shares.shape == (2 * 4, 3, 384, 64)
+    assert device.launched[1].grid == (2 * 2 * 3, 1, 1) and device.launched[2].grid == (2 * 4 * 10, 1, 1)
+    backend, statistics = get_backend("cupy"), 8 * 2 * 4 * (300 + 128)
+    assert backend.scratch_bytes(problem) == statistics + shares.nbytes
 
 
 # ---- Hopper's forward
