@@ -86,7 +86,7 @@ SPILLING = {
     if precision == "ieee"
     and (
         (kernel == "gradients_kv" and arch != 90 and feature in ("alibi", "dressed"))
-        or (kernel == "gradients" and arch == 120 and feature in ("softcap", "dressed"))
+        or (kernel == "gradients" and (arch, feature) in ((80, "alibi"), (120, "softcap"), (120, "dressed")))
         or (kernel in ("forward", "gradients_q") and arch > 90 and feature in DRESSED)
     )
 }
