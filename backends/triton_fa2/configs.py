@@ -150,26 +150,40 @@ TABLES = {
         fwd   tf32       128 masked       128x64 w8 s2 tma one_loop prepared
         dkdv  tf32        64 full         64x128 w8 s2 tma prepared
         dkdv  tf32        64 masked       64x128 w8 s2 tma one_loop prepared
-        dkdv  tf32       128 full         32x128 w8 s3 tma
-        dkdv  tf32       128 masked       32x128 w8 s3 tma one_loop
+        dkdv  tf32       128 full         32x64 w4 s2 tma prepared
+        dkdv  tf32       128 masked       32x64 w4 s2 tma one_loop prepared
         dq    tf32        64 full         128x64 w8 s3 tma prepared
         dq    tf32        64 full/short   128x32 w8 s3 tma
         dq    tf32        64 masked       128x64 w8 s3 tma prepared
         dq    tf32        64 masked/short 128x32 w8 s3 tma one_loop
-        dq    tf32       128 full         128x32 w8 s3 tma
-        dq    tf32       128 masked       128x32 w8 s3 tma one_loop
+        dq    tf32       128 full         128x32 w8 s2 tma prepared
+        dq    tf32       128 masked       128x32 w8 s2 tma one_loop prepared
         fwd   bf16x6      64 full         64x32 w4 s2 tma prepared
         fwd   bf16x6      64 masked       64x32 w4 s3 tma one_loop prepared
+        fwd   bf16x6     128 full         64x64 w4 s1 tma one_loop prepared resident
+        fwd   bf16x6     128 full/short   128x32 w8 s2 tma prepared mixed
+        fwd   bf16x6     128 masked       64x64 w4 s1 tma one_loop prepared resident
         dkdv  bf16x6      64 full         32x64 w4 s2 tma prepared split
         dkdv  bf16x6      64 masked       32x64 w4 s2 tma prepared split
+        dkdv  bf16x6     128 full         16x64 w8 s2 tma prepared resident split
+        dkdv  bf16x6     128 masked       16x64 w8 s2 tma prepared resident split
         dk    bf16x6      64 full         64x64 w4 s2 tma prepared
         dk    bf16x6      64 masked       64x64 w4 s2 tma one_loop prepared
         dk    bf16x6      64 dressed      32x64 w4 s2 tma one_loop prepared
+        dk    bf16x6     128 full         16x64 w4 s2 tma prepared mixed
+        dk    bf16x6     128 masked       32x128 w8 s2 tma one_loop prepared mixed
+        dk    bf16x6     128 dressed      16x64 w4 s2 tma one_loop prepared mixed
         dv    bf16x6      64 full         32x64 w4 s2 tma prepared
         dv    bf16x6      64 masked       64x64 w4 s2 tma one_loop prepared
+        dv    bf16x6     128 full         32x128 w8 s2 tma prepared mixed
+        dv    bf16x6     128 masked       64x64 w4 s1 tma one_loop prepared resident
+        dv    bf16x6     128 dressed      32x128 w8 s2 tma one_loop prepared mixed
         dq    bf16x6      64 full         64x64 w4 s2 tma prepared
         dq    bf16x6      64 masked       64x64 w4 s2 tma prepared
         dq    bf16x6      64 dressed      64x64 w4 s2 tma one_loop prepared
+        dq    bf16x6     128 full         128x32 w8 s2 tma one_loop prepared mixed
+        dq    bf16x6     128 masked       128x32 w8 s2 tma one_loop prepared mixed
+        dq    bf16x6     128 dressed      64x16 w4 s2 tma one_loop prepared mixed
         fwd   bf16x3      64 full         64x64 w4 s2 tma prepared
         fwd   bf16x3      64 masked       64x64 w4 s2 tma prepared
         fwd   bf16x3      64 dressed      64x64 w4 s2 tma one_loop prepared
