@@ -258,153 +258,236 @@ def probabilities(s, lse, start, edges, maths, KEYS_OWNED: gl.constexpr,
 
 
 @gluon.jit
-def half(tile, n):
-    """The n-th half of a tile [1, 128, head_dim]'s memory as one [64, head_dim]."""
-    return reinterpret(tile, tile.dtype, [2, 64, tile.shape[2]], tile.layout).index(n)
+def half(tiles, slot, n, D: gl.constexpr):
+    """The n-th half of the memory of tile `slot`, 128 by D, of `tiles` as one [64, D]."""
+    SLOTS: gl.constexpr = tiles.shape[0] * tiles.shape[1] * tiles.shape[2] // (64 * D)
+    return reinterpret(tiles, tiles.dtype, [SLOTS, 64, D], tiles.layout).index(2 * slot + n)
 
 
 # ---- fused: a program owns 128 keys and walks over the query tiles of all heads that share them
 
 
 @gluon.jit
-def load_queries(descs, rings, first, walk, i, SHAPE: gl.constexpr):
-    """Step i's Q, its statistics, and dO, into their stage: of query tile i % n of the head that is i / n after `first`,
-    a (batch, head, number of its first tile among all heads')."""
-    q_desc, do_desc, stats_desc = descs
-    q_ring, do_ring, stats_ring, q_full, do_full = rings
-    batch, head, rows = first
-    lo, n, tiles, group, heads = walk
-    BM, BN, D, STAGES = SHAPE
-    b = i % STAGES
-    t = lo + i % n
-    where = (batch, head + i // n)
-    mbarrier.expect(q_full.index(b), q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
-    load_rows(q_desc, where, t * BM, q_full.index(b), q_ring.index(b))
-    tma_load(stats_desc, [(rows + i // n * tiles + t) * 2 * BM], q_full.index(b), stats_ring.index(b))
-    mbarrier.expect(do_full.index(b), do_desc.block_type.nbytes)
-    load_rows(do_desc, where, t * BM, do_full.index(b), do_ring.index(b))
+def block_count(schedule, PLANNED: gl.constexpr):
+    """How many key tiles this program owns, one after the other."""
+    table, rounds, tiles, rows, together = schedule
+    if PLANNED:
+        return gl.load(table + rounds * gl.num_programs(0) + gl.program_id(0))
+    else:
+        return gl.cdiv(tiles * rows - gl.program_id(0), gl.num_programs(0))
 
 
 @gluon.jit
-def wait_for_turn(order, place, index, t, BM: gl.constexpr, BN: gl.constexpr):
-    """Until all programs with earlier keys have added to query tile t, whose number among all heads' is `index`.
-
-    They have smaller program numbers, and so have started before: nobody waits for who is not there yet.
-    """
-    turns, leftmost = order
-    want = place[2] // BN - gl.maximum(t * BM + leftmost, 0) // BN
-    seen = gl.load(turns + index, volatile=True)
-    while seen < want:
-        seen = gl.load(turns + index, volatile=True)
-    gl.inline_asm_elementwise(
-        "fence.acq_rel.gpu; fence.proxy.async; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+def block_at(r, schedule, PLANNED: gl.constexpr):
+    """(key tile, (batch, head of keys)) of this program's round r: as planned (schedule.py), or program by program."""
+    table, rounds, tiles, rows, together = schedule
+    at = r * gl.num_programs(0) + gl.program_id(0)
+    if PLANNED:
+        entry = gl.load(table + at)
+        return entry & 4095, entry >> 12
+    else:
+        return program_tile(at, tiles, rows, together)  # causal: the first keys are seen by the most rows
 
 
 @gluon.jit
-def pass_turn(order, index):
-    """What this program added is in global memory: the next may add."""
-    turns, leftmost = order
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; fence.proxy.async; fence.acq_rel.gpu; // $0", "=r", [],
-        dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
-    group_barrier()
-    gl.atomic_add(turns + index, 1)
+def walk_of(tile, row, sizes, band, SHAPE: gl.constexpr, MASKS: gl.constexpr):
+    """(place, walk, steps) of a key tile: where it is, which query tiles it walks over, and which of them need a mask."""
+    heads_kv, group, seq_q, seq_kv = sizes
+    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
+    lo, full_lo, full_hi, hi = query_range(tile * BN, seq_q, seq_kv, band, BM, BN, MASKS)
+    n = hi - lo
+    # Statistics and the accumulator of dQ are padded to multiples of 128 queries.
+    walk = (lo, n, gl.cdiv(seq_q, 128) * (128 // BM), group, heads_kv * group)
+    return (row // heads_kv, row % heads_kv, tile * BN), walk, (full_lo - lo, full_hi - lo, n)
 
 
 @gluon.jit
-def fused_producer(descs, kv_descs, acc_desc, rings, kv, staging, place, walk, order, SHAPE: gl.constexpr,
-                   DQ: gl.constexpr, DQ_LATE: gl.constexpr, IN_TURN: gl.constexpr):  # fmt: skip
-    """Partition 0: loads K and V once, Q and dO and statistics of every step; adds up dQ if DQ; stores dK and dV."""
-    k_desc, v_desc, dk_desc, dv_desc = kv_descs
-    k_tile, v_tile, k_full, v_full = kv
-    BM, BN, D, STAGES = SHAPE
+def step_at(place, walk, i):
+    """(batch, head, query tile, its number among all heads') of step i: those of a key tile go through its query tiles,
+    head of the group by head."""
     batch, head_kv, start_n = place
     lo, n, tiles, group, heads = walk
-    total = n * group
-    mbarrier.expect(k_full.index(0), k_desc.block_type.nbytes)
-    load_rows(k_desc, (batch, head_kv), start_n, k_full.index(0), k_tile.index(0))
-    head = head_kv * group
-    rows = (batch * heads + head) * tiles
-    first = (batch, head, rows)
-    if total > 0:
-        load_queries(descs, rings, first, walk, 0, SHAPE)
-    mbarrier.expect(v_full.index(0), v_desc.block_type.nbytes)
-    load_rows(v_desc, (batch, head_kv), start_n, v_full.index(0), v_tile.index(0))
-    for j in gl.static_range(1, STAGES):
-        if j < total:
-            load_queries(descs, rings, first, walk, j, SHAPE)
-    if DQ:
-        R: gl.constexpr = BM * D // 2 // 32
-        if total > 0:
-            everyone_arrive(DQ_TAKEN)
+    member = i // gl.maximum(n, 1)
+    head = head_kv * group + member
+    t = lo + i - member * n
+    return batch, head, t, (batch * heads + head) * tiles + t
+
+
+@gluon.jit
+def load_queries(descs, rings, step, g, SHAPE: gl.constexpr):
+    """A step's Q, its statistics, and dO, into the stage of step g, which counts on from one key tile to the next."""
+    q_desc, do_desc, stats_desc = descs
+    q_ring, do_ring, stats_ring, q_full, do_full = rings
+    batch, head, t, index = step
+    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
+    b = g % STAGES
+    mbarrier.expect(q_full.index(b), q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
+    load_rows(q_desc, (batch, head), t * BM, q_full.index(b), q_ring.index(b))
+    tma_load(stats_desc, [index * 2 * BM], q_full.index(b), stats_ring.index(b))
+    mbarrier.expect(do_full.index(b), do_desc.block_type.nbytes)
+    load_rows(do_desc, (batch, head), t * BM, do_full.index(b), do_ring.index(b))
+
+
+@gluon.jit
+def load_values(v_desc, kv, place, r, V_SLOTS: gl.constexpr):
+    """V of the program's r-th key tile."""
+    k_tile, v_tile, k_full, v_full, finished = kv
+    batch, head_kv, start_n = place
+    slot = r % V_SLOTS
+    mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+    load_rows(v_desc, (batch, head_kv), start_n, v_full.index(slot), v_tile.index(slot))
+
+
+@gluon.jit
+def load_ahead(
+    ahead, until, limit, count, descs, kv_descs, rings, kv, schedule, sizes, band,
+    SHAPE: gl.constexpr, MASKS: gl.constexpr, PLANNED: gl.constexpr,
+):  # fmt: skip
+    """Load until step `until`, or the end of the program's key tile before `limit`, whose buffers are not free yet.
+
+    ahead: how many steps were loaded; of the next one its number in its key tile, that one's round, number and head, how
+    many steps it has, and what step_at() says of it: reckoned beforehand, since the consumers may be waiting for the load.
+    Returns it.
+    """
+    k_desc, v_desc, dk_desc, dv_desc = kv_descs
+    k_tile, v_tile, k_full, v_full, finished = kv
+    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
+    g, i, r, tile, row, total, batch, head, t, index = ahead
+    while (g < until) & (r < limit):
+        if i > 0:
+            load_queries(descs, rings, (batch, head, t, index), g, SHAPE)
+        else:
+            where = (row // sizes[0], row % sizes[0], tile * BN)
+            slot = r % K_SLOTS
+            tma_store_wait(0)  # dK of the tile that was here has left
+            mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
+            load_rows(k_desc, (where[0], where[1]), where[2], k_full.index(slot), k_tile.index(slot))
+            if total > 0:
+                load_queries(descs, rings, (batch, head, t, index), g, SHAPE)
+            if V_SLOTS == 2:
+                load_values(v_desc, kv, where, r, V_SLOTS)
+        g += gl.where(total > 0, 1, 0)
+        i += 1
+        if i >= total:
+            i = 0
+            r += 1
+            tile, row = block_at(gl.minimum(r, count - 1), schedule, PLANNED)
+        place, walk, _steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
+        total = walk[1] * walk[3]
+        batch, head, t, index = step_at(place, walk, i)
+    return g, i, r, tile, row, total, batch, head, t, index
+
+
+@gluon.jit
+def fused_producer(
+    descs, kv_descs, acc_desc, rings, kv, ds_ring, staging, schedule, sizes, band,
+    SHAPE: gl.constexpr, MASKS: gl.constexpr, PLANNED: gl.constexpr, DQ: gl.constexpr, DQ_LATE: gl.constexpr,
+):  # fmt: skip
+    """Partition 0: loads K and V of every key tile, Q and dO and statistics of every step; adds up dQ if DQ; stores dK
+    and dV. The loads of the next key tile begin before this one is done."""
+    k_desc, v_desc, dk_desc, dv_desc = kv_descs
+    k_tile, v_tile, k_full, v_full, finished = kv
+    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
+    R: gl.constexpr = BM * D // 2 // 32
+    count = block_count(schedule, PLANNED)
+    tile, row = block_at(0, schedule, PLANNED)
+    g = 0  # steps of the key tiles before
+    place, walk, _steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
+    batch, head, t, index = step_at(place, walk, 0)
+    ahead = load_ahead(
+        (0, 0, 0, tile, row, walk[1] * walk[3], batch, head, t, index), STAGES, gl.minimum(K_SLOTS, count), count,
+        descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE, MASKS, PLANNED,
+    )  # fmt: skip
+    if V_SLOTS == 1:
+        load_values(v_desc, kv, place, 0, V_SLOTS)
+    for r in range(count):
+        place, walk, _steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
+        batch, head_kv, start_n = place
+        total = walk[1] * walk[3]
+        limit = gl.minimum(r + K_SLOTS, count)
+        tile_next, row_next = block_at(gl.minimum(r + 1, count - 1), schedule, PLANNED)
+        next_place = (row_next // sizes[0], row_next % sizes[0], tile_next * BN)
         steps = total
-        if DQ_LATE:
-            steps = gl.where(total > 0, total + 1, 0)
-        for i in range(steps):
-            everyone_sync(STAGED)
-            done = i
-            if DQ_LATE:
-                done = i - 1  # the step whose dQ this is; the first is nobody's
-            index = rows + done // n * tiles + lo + done % n
-            if done >= 0:
-                if IN_TURN:
-                    wait_for_turn(order, place, index, lo + done % n, BM, BN)
-                tma_reduce_add(acc_desc, [index * 2 * R, 0], staging.index(0))
-                tma_reduce_add(acc_desc, [index * 2 * R + R, 0], staging.index(1))
-            ahead = i + STAGES
-            if not DQ_LATE:  # noqa: SIM102  the inner condition is the program's
-                if ahead < total:
-                    load_queries(descs, rings, first, walk, ahead, SHAPE)
-            if IN_TURN:
-                if done >= 0:
-                    pass_turn(order, index)
-            else:
-                tma_store_wait(0)
-            if done + 1 < total:
+        if DQ:
+            if total > 0:
                 everyone_arrive(DQ_TAKEN)
-            if DQ_LATE:  # noqa: SIM102  the inner condition is the program's
-                if ahead < total:
-                    everyone_sync(FREE + i % STAGES)
-                    load_queries(descs, rings, first, walk, ahead, SHAPE)
-    else:
-        for i in range(STAGES, total):
-            everyone_sync(FREE + i % STAGES)
-            load_queries(descs, rings, first, walk, i, SHAPE)
-    everyone_sync(FINISHED)
-    for part in gl.static_range(2):
-        store_rows(dv_desc, (batch, head_kv), start_n + part * 64, half(v_tile, part))
-        store_rows(dk_desc, (batch, head_kv), start_n + part * 64, half(k_tile, part))
+            if DQ_LATE:
+                steps = gl.where(total > 0, total + 1, 0)
+        for i in range(steps):
+            if DQ:
+                done = i
+                if DQ_LATE:
+                    done = i - 1  # the step whose dQ this is; the first is nobody's
+                _batch, _head, _t, index = step_at(place, walk, gl.maximum(done, 0))
+                everyone_sync(STAGED)
+                if done >= 0:
+                    tma_reduce_add(acc_desc, [index * 2 * R, 0], staging.index(0))
+                    tma_reduce_add(acc_desc, [index * 2 * R + R, 0], staging.index(1))
+                if not DQ_LATE:
+                    ahead = load_ahead(
+                        ahead, g + i + 1 + STAGES, limit, count, descs, kv_descs, rings, kv, schedule, sizes, band,
+                        SHAPE, MASKS, PLANNED,
+                    )  # fmt: skip
+                tma_store_wait(0)
+                if done + 1 < total:
+                    everyone_arrive(DQ_TAKEN)
+            if (DQ_LATE or not DQ) and i < total:
+                everyone_sync(FREE + (g + i) % STAGES)
+                if DQ_LATE and V_SLOTS == 1:  # noqa: SIM102  the inner condition is the program's
+                    if (i == total - 1) & (r + 1 < count):
+                        load_values(v_desc, kv, next_place, r + 1, V_SLOTS)
+                ahead = load_ahead(
+                    ahead, g + i + 1 + STAGES, limit, count, descs, kv_descs, rings, kv, schedule, sizes, band,
+                    SHAPE, MASKS, PLANNED,
+                )  # fmt: skip
+        g += total
+        mbarrier.wait(finished.index(r % 2), (r // 2) & 1)
+        for part in gl.static_range(2):
+            if DQ_LATE:
+                store_rows(dv_desc, (batch, head_kv), start_n + part * 64, half(ds_ring, 0, part, D))
+            else:
+                store_rows(dv_desc, (batch, head_kv), start_n + part * 64, half(v_tile, r % V_SLOTS, part, D))
+            store_rows(dk_desc, (batch, head_kv), start_n + part * 64, half(k_tile, r % K_SLOTS, part, D))
+        if DQ_LATE:
+            tma_store_wait(0)  # before DQ_TAKEN says that dS may be written
+        if V_SLOTS == 1 and r + 1 < count:
+            if not DQ_LATE:
+                tma_store_wait(0)
+                load_values(v_desc, kv, next_place, r + 1, V_SLOTS)
+            elif total == 0:
+                load_values(v_desc, kv, next_place, r + 1, V_SLOTS)
+        ahead = load_ahead(  # of tiles with fewer steps than stages, or with one buffer for K
+            ahead, g + STAGES, gl.minimum(r + 1 + K_SLOTS, count), count, descs, kv_descs, rings, kv, schedule, sizes, band,
+            SHAPE, MASKS, PLANNED,
+        )  # fmt: skip
+        tile = tile_next
+        row = row_next
     tma_store_wait(0)
 
 
 @gluon.jit
-def own_keys(CID: gl.constexpr, tile, registers, RESIDENT: gl.constexpr):
+def own_keys(CID: gl.constexpr, tiles, slot, registers, RESIDENT: gl.constexpr):
     """A consumer's 64 rows of K or V as an A operand."""
     if RESIDENT:
         return registers
     else:
-        return tile.index(opaque_zero()).slice(CID * 64, 64, 0)
+        return tiles.index(opaque_zero() + slot).slice(CID * 64, 64, 0)
 
 
 @gluon.jit
 def issue_scores(
-    CID: gl.constexpr,
-    i,
-    total,
-    rings,
-    k_tile,
-    own,
-    SHAPE: gl.constexpr,
-    LSE_FIRST: gl.constexpr,
-    RESIDENT: gl.constexpr,
-):
-    """Begin S^T of step i for this consumer's 64 keys; past the last step it works on stale data and nobody looks."""
+    CID: gl.constexpr, i, end, rings, k_tile, slot, own, SHAPE: gl.constexpr, LSE_FIRST: gl.constexpr, RESIDENT: gl.constexpr
+):  # fmt: skip
+    """Begin S^T of step i for this consumer's 64 keys; past the last step of a key tile nobody looks at it.
+
+    end: one past the last step whose Q is on its way. The first of the next key tile belongs to it: the product that
+    nobody looks at may not read what is being loaded.
+    """
     q_ring, do_ring, stats_ring, q_full, do_full = rings
-    BM, BN, D, STAGES = SHAPE
+    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
     b = i % STAGES
-    mbarrier.wait(q_full.index(b), (i // STAGES) & 1, pred=i < total)
-    k = own_keys(CID, k_tile, own[0], RESIDENT)
+    mbarrier.wait(q_full.index(b), (i // STAGES) & 1, pred=i < end)
+    k = own_keys(CID, k_tile, slot, own[0], RESIDENT)
     zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
     if LSE_FIRST:  # as with delta: no registers for lse beside s
         lse = stats_ring.index(b).slice(0, BM, 0).load(gl.SliceLayout(0, acc_layout(BM)))
@@ -417,7 +500,7 @@ def issue_scores(
 @gluon.jit
 def issue_dq(CID: gl.constexpr, ds_both, k, SHAPE: gl.constexpr):
     """Begin this consumer's half, [64, D BM / 128], of dQ = dS K."""
-    BM, BN, D, STAGES = SHAPE
+    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
     N: gl.constexpr = D * BM // 128
     no_dq = gl.zeros([64, N], gl.float32, acc_layout(N))
     if BM == 64:  # all 64 queries, half of the head dimension
@@ -435,15 +518,16 @@ def stage_dq(CID: gl.constexpr, dq, staging):
 
 
 @gluon.jit
-def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings, kv, own, ds_tile, staging,
+def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, end, rings, kv, slots, own, ds_tile, staging,
                edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
     """One query tile: dv += p^T dO, dk += ds^T Q, and dQ's part, this step's or the last one's, to the staging buffer.
 
     s holds the scores of this step. Returns those of the next, and dk, dv.
     """
     q_ring, do_ring, stats_ring, q_full, do_full = rings
-    k_tile, v_tile, k_full, v_full = kv
-    BM, BN, D, STAGES = SHAPE
+    k_tile, v_tile, k_full, v_full, finished = kv
+    k_slot, v_slot = slots
+    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
     DQ, APART, DQ_LATE, EARLY, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP = HOW
     ds_ring, ds_free = ds_tile
     COLUMNS: gl.constexpr = gl.SliceLayout(0, acc_layout(BM))
@@ -453,11 +537,11 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
     do = do_ring.index(b)
     stats = stats_ring.index(b)
     zero = opaque_zero()
-    v = own_keys(CID, v_tile, own[1], RESIDENT)
+    v = own_keys(CID, v_tile, v_slot, own[1], RESIDENT)
     if DQ_LATE:  # the last step's, beside this softmax; the first step's is of nothing, and the producer drops it
         late = (i + 1) % 2
         pair_sync(HANDED + 2 * late + 1 - CID)
-        dq_token = issue_dq(CID, ds_ring.index(late), k_tile.index(zero), SHAPE)
+        dq_token = issue_dq(CID, ds_ring.index(late), k_tile.index(zero + k_slot), SHAPE)
     zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
     mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
     if not DQ_LATE:
@@ -499,10 +583,10 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
         ds_both.slice(CID * 64, 64, 0).store(ds)
         fence_async_shared()
         consumers_sync(DS_READY)
-        dq_token = issue_dq(CID, ds_both, k_tile.index(zero), SHAPE)
+        dq_token = issue_dq(CID, ds_both, k_tile.index(zero + k_slot), SHAPE)
         # before the next scores begin: two 16-bit A operands in flight are too many registers
         dv, dk = warpgroup_mma_wait(1, deps=[dv_token, dk_token])
-        s_token = issue_scores(CID, i + 1, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)
+        s_token = issue_scores(CID, i + 1, end, rings, k_tile, k_slot, own, SHAPE, LSE_FIRST, RESIDENT)
         dq = warpgroup_mma_wait(1, deps=[dq_token])
         stage_dq(CID, dq, staging)
     else:
@@ -515,108 +599,135 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, total, rings
             pair_arrive(HANDED + 2 * slot + CID)
         if not DQ_LATE:
             dv = warpgroup_mma_wait(1, deps=[dv_token])
-        s_token = issue_scores(CID, i + 1, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)
+        s_token = issue_scores(CID, i + 1, end, rings, k_tile, k_slot, own, SHAPE, LSE_FIRST, RESIDENT)
         dk = warpgroup_mma_wait(1, deps=[dk_token])
-        if i + STAGES < total:
-            everyone_arrive(FREE + b)
+        everyone_arrive(FREE + b)
     s = warpgroup_mma_wait(0, deps=[s_token])  # one in flight over the loop's back edge is serialised by ptxas (C7514)
     return s, dk, dv
 
 
 @gluon.jit
-def fused_walk(CID: gl.constexpr, first, s, dk, dv, total, steps, rings, kv, own, ds_tile, staging,
+def fused_walk(CID: gl.constexpr, first, s, dk, dv, end, steps, rings, kv, slots, own, ds_tile, staging,
                edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
     """One head, from step `first` on: `steps` end the masked tiles, the ones without a mask, and again masked ones."""
     full_lo, full_hi, hi = steps
     LEFT, RIGHT, TAIL = MASKS
     if RIGHT or TAIL:
         for i in range(first, first + full_lo):
-            s, dk, dv = fused_step(CID, True, i, s, dk, dv, total, rings, kv, own, ds_tile, staging,
+            s, dk, dv = fused_step(CID, True, i, s, dk, dv, end, rings, kv, slots, own, ds_tile, staging,
                                    edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     for i in range(first + full_lo, first + full_hi):
-        s, dk, dv = fused_step(CID, False, i, s, dk, dv, total, rings, kv, own, ds_tile, staging,
+        s, dk, dv = fused_step(CID, False, i, s, dk, dv, end, rings, kv, slots, own, ds_tile, staging,
                                edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     if LEFT:
         for i in range(first + full_hi, first + hi):
-            s, dk, dv = fused_step(CID, True, i, s, dk, dv, total, rings, kv, own, ds_tile, staging,
+            s, dk, dv = fused_step(CID, True, i, s, dk, dv, end, rings, kv, slots, own, ds_tile, staging,
                                    edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     return s, dk, dv
 
 
 @gluon.jit
-def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, start_n, start_m, steps, group,
-                   lengths, band, maths, scale, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr,
+def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, schedule, sizes, band, maths, scale,
+                   SHAPE: gl.constexpr, MASKS: gl.constexpr, PLANNED: gl.constexpr, HOW: gl.constexpr,
                    GROUPED: gl.constexpr):  # fmt: skip
-    """Partitions 1 and 2: dK and dV of 64 keys each, in registers from first to last."""
-    k_tile, v_tile, k_full, v_full = kv
-    BM, BN, D, STAGES = SHAPE
+    """Partitions 1 and 2: dK and dV of 64 keys of every key tile, in registers from its first step to its last."""
+    k_tile, v_tile, k_full, v_full, finished = kv
+    heads_kv, group, seq_q, seq_kv = sizes
+    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
     DQ, APART, DQ_LATE, EARLY, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP = HOW
     ds_ring, ds_free = ds_tile
-    full_lo, full_hi, n = steps
-    total = n * group if GROUPED else n
     dtype: gl.constexpr = k_tile.dtype
-    dk = gl.zeros([64, D], gl.float32, acc_layout(D))
-    dv = gl.zeros([64, D], gl.float32, acc_layout(D))
-    own = (k_tile, v_tile)
-    mbarrier.wait(k_full.index(0), 0)
-    if RESIDENT:
-        own = (k_tile.index(0).slice(CID * 64, 64, 0).load(gl.DotOperandLayout(0, acc_layout(BM), 2)), v_tile)
-    s = warpgroup_mma_wait(0, deps=[issue_scores(CID, 0, total, rings, k_tile, own, SHAPE, LSE_FIRST, RESIDENT)])
-    if DQ_LATE:  # noqa: SIM102  the inner condition is the program's
-        if total > 0:
-            pair_arrive(HANDED + 2 + CID)
-    mbarrier.wait(v_full.index(0), 0)
-    if RESIDENT:
-        own = (own[0], v_tile.index(0).slice(CID * 64, 64, 0).load(gl.DotOperandLayout(0, acc_layout(BM), 2)))
-    edges = edges_of(start_m, start_n + CID * 64, lengths, band)
-    if GROUPED:
-        for member in range(group):
-            first = member * n
-            s, dk, dv = fused_walk(CID, first, s, dk, dv, total, steps, rings, kv, own, ds_tile, staging,
-                                   edges_before(edges, first * BM), maths, MASKS, SHAPE, HOW)  # fmt: skip
-    else:
-        s, dk, dv = fused_walk(CID, 0, s, dk, dv, total, steps, rings, kv, own, ds_tile, staging,
-                               edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
-    if DQ_LATE:  # noqa: SIM102  the inner condition is the program's
-        if total > 0:
-            slot = (total - 1) % 2
-            pair_sync(HANDED + 2 * slot + 1 - CID)
-            dq_token = issue_dq(CID, ds_ring.index(slot), k_tile.index(0), SHAPE)
-            dq = warpgroup_mma_wait(0, deps=[dq_token])
-            everyone_sync(DQ_TAKEN)
-            stage_dq(CID, dq, staging)
-    if APART:
-        everyone_sync(DONE)
-    else:
-        consumers_sync(DONE)
-    half(v_tile, CID).store(dv.to(dtype))
-    half(k_tile, CID).store((dk * scale).to(dtype))
-    fence_async_shared()
-    everyone_arrive(FINISHED)
+    count = block_count(schedule, PLANNED)
+    tile, row = block_at(0, schedule, PLANNED)
+    g = 0  # steps of the key tiles before
+    for r in range(count):
+        tile_next, row_next = block_at(gl.minimum(r + 1, count - 1), schedule, PLANNED)
+        place, walk, steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
+        n = steps[2]
+        total = n * group if GROUPED else n
+        end = g + total
+        if K_SLOTS == 2:
+            _place, next_walk, _steps = walk_of(tile_next, row_next, sizes, band, SHAPE, MASKS)
+            end += gl.where((r + 1 < count) & (next_walk[1] > 0), 1, 0)
+        k_slot = r % K_SLOTS
+        v_slot = r % V_SLOTS
+        slots = (k_slot, v_slot)
+        dk = gl.zeros([64, D], gl.float32, acc_layout(D))
+        dv = gl.zeros([64, D], gl.float32, acc_layout(D))
+        own = (k_tile, v_tile)
+        mbarrier.wait(k_full.index(k_slot), (r // K_SLOTS) & 1)
+        if RESIDENT:
+            own = (k_tile.index(k_slot).slice(CID * 64, 64, 0).load(gl.DotOperandLayout(0, acc_layout(BM), 2)), v_tile)
+        s = warpgroup_mma_wait(
+            0, deps=[issue_scores(CID, g, end, rings, k_tile, k_slot, own, SHAPE, LSE_FIRST, RESIDENT)])  # fmt: skip
+        if DQ_LATE:  # noqa: SIM102  the inner condition is the program's
+            if total > 0:
+                pair_arrive(HANDED + 2 * ((g + 1) % 2) + CID)
+        mbarrier.wait(v_full.index(v_slot), (r // V_SLOTS) & 1)
+        if RESIDENT:
+            own = (own[0], v_tile.index(v_slot).slice(CID * 64, 64, 0).load(gl.DotOperandLayout(0, acc_layout(BM), 2)))
+        edges = edges_before(edges_of(walk[0] * BM, tile * BN + CID * 64, (seq_q, seq_kv), band), g * BM)
+        if GROUPED:
+            for member in range(group):
+                first = member * n
+                s, dk, dv = fused_walk(CID, g + first, s, dk, dv, end, steps, rings, kv, slots, own, ds_tile, staging,
+                                       edges_before(edges, first * BM), maths, MASKS, SHAPE, HOW)  # fmt: skip
+        else:
+            s, dk, dv = fused_walk(CID, g, s, dk, dv, end, steps, rings, kv, slots, own, ds_tile, staging,
+                                   edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
+        g += total
+        if DQ_LATE:  # noqa: SIM102  the inner condition is the program's
+            if total > 0:
+                last = (g - 1) % 2
+                pair_sync(HANDED + 2 * last + 1 - CID)
+                dq_token = issue_dq(CID, ds_ring.index(last), k_tile.index(k_slot), SHAPE)
+                dq = warpgroup_mma_wait(0, deps=[dq_token])
+                everyone_sync(DQ_TAKEN)
+                stage_dq(CID, dq, staging)
+        if APART:
+            if total > 0:
+                everyone_sync(DONE)
+        else:
+            consumers_sync(DONE)
+        if DQ_LATE:  # by way of dS's slots, which nobody reads any more: V's may have been loaded again
+            half(ds_ring, 0, CID, D).store(dv.to(dtype))
+        else:
+            half(v_tile, v_slot, CID, D).store(dv.to(dtype))
+        half(k_tile, k_slot, CID, D).store((dk * scale).to(dtype))
+        fence_async_shared()
+        group_barrier()
+        mbarrier.arrive(finished.index(r % 2))
+        tile = tile_next
+        row = row_next
 
 
 @gluon.jit
-def dq_group(acc_desc, kv, ds_tile, staging, walk, place, order, SHAPE: gl.constexpr, IN_TURN: gl.constexpr):
+def dq_group(acc_desc, kv, ds_tile, staging, schedule, sizes, band,
+             SHAPE: gl.constexpr, MASKS: gl.constexpr, PLANNED: gl.constexpr):  # fmt: skip
     """Partition 3, if dQ has a group of its own: dQ of every step, in parts of 64 x 64, added to the accumulator."""
-    k_tile, v_tile, k_full, v_full = kv
+    k_tile, v_tile, k_full, v_full, finished = kv
     ds_ring, ds_free = ds_tile
-    BM, BN, D, STAGES = SHAPE
-    batch, head_kv, start_n = place
-    lo, n, tiles, group, heads = walk
+    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
     R: gl.constexpr = 64 * 64 // 32
     PARTS: gl.constexpr = BM * D // (64 * 64)
-    mbarrier.wait(k_full.index(0), 0)
-    index = (batch * heads + head_kv * group) * tiles + lo
+    count = block_count(schedule, PLANNED)
+    tile, row = block_at(0, schedule, PLANNED)
     i = 0
-    for member in range(group):  # noqa: B007
-        for t in range(n):
+    for r in range(count):
+        tile_next, row_next = block_at(gl.minimum(r + 1, count - 1), schedule, PLANNED)
+        place, walk, _steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
+        k_slot = r % K_SLOTS
+        mbarrier.wait(k_full.index(k_slot), (r // K_SLOTS) & 1)
+        total = walk[1] * walk[3]
+        for step in range(total):
+            _batch, _head, _t, index = step_at(place, walk, step)
             slot = i & 1
             pair_sync(HANDED + 2 * slot)
             pair_sync(HANDED + 2 * slot + 1)
             ds = ds_ring.index(slot)
             for part in gl.static_range(PARTS):
                 no_dq = gl.zeros([64, 64], gl.float32, acc_layout(64))
-                k = k_tile.index(opaque_zero())
+                k = k_tile.index(opaque_zero() + k_slot)
                 if BM == 64:
                     token = warpgroup_mma(
                         ds.permute((1, 0)), k.slice(part * 64, 64, 1), no_dq, use_acc=False, is_async=True)  # fmt: skip
@@ -632,94 +743,88 @@ def dq_group(acc_desc, kv, ds_tile, staging, walk, place, order, SHAPE: gl.const
                 buffer.store(to_lanes(dq).reshape([R, 32]))
                 fence_async_shared()
                 group_barrier()
-                if IN_TURN and part == 0:
-                    wait_for_turn(order, place, index, lo + t, BM, BN)
                 tma_reduce_add(acc_desc, [(index * PARTS + part) * R, 0], buffer)
-            if IN_TURN:
-                pass_turn(order, index)
-            index += 1
             i += 1
-        index += tiles - n
-    everyone_arrive(DONE)
+        if total > 0:
+            everyone_arrive(DONE)
+        tile = tile_next
+        row = row_next
     tma_store_wait(0)
 
 
 @gluon.jit
-def program_tile(tiles, rows, together):
-    """(tile, row) of this program: `together` of the `rows` (batch, head) pairs take turns, tile by tile."""
-    pid = gl.program_id(0)
+def program_tile(pid, tiles, rows, together):
+    """(tile, row) of program pid: `together` of the `rows` (batch, head) pairs take turns, tile by tile."""
     chunk = pid // (tiles * together)
     size = gl.minimum(rows - chunk * together, together)
     rest = pid - chunk * tiles * together
     return rest // size, chunk * together + rest % size
 
 
-@gluon.jit(do_not_specialize=["rows", "heads_kv", "group", "seq_q", "seq_kv", "left", "right", "together"])
+@gluon.jit(do_not_specialize=["rows", "heads_kv", "group", "seq_q", "seq_kv", "left", "right", "together", "rounds"])
 def gluon_gradients_fused(
-    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, stats_desc, acc_desc, turns,
-    rows, heads_kv, group, seq_q, seq_kv, left, right, together, factor, cap, scale,
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, stats_desc, acc_desc, table,
+    rows, heads_kv, group, seq_q, seq_kv, left, right, together, factor, cap, scale, rounds,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, GROUPED: gl.constexpr, SOFTCAP: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    DQ: gl.constexpr, APART: gl.constexpr, DQ_LATE: gl.constexpr, IN_TURN: gl.constexpr, EARLY: gl.constexpr,
-    LSE_FIRST: gl.constexpr, DV_LATE: gl.constexpr, RESIDENT: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
+    DQ: gl.constexpr, APART: gl.constexpr, DQ_LATE: gl.constexpr, PLANNED: gl.constexpr, EARLY: gl.constexpr, LSE_FIRST: gl.constexpr, DV_LATE: gl.constexpr, RESIDENT: gl.constexpr,
 ):  # fmt: skip
-    """dv = sum p^T dO and dk = sum ds^T Q of 128 keys, all query heads that share them; with DQ, dQ += ds K.
+    """dv = sum p^T dO and dk = sum ds^T Q of key tiles of 128, all query heads that share them; with DQ, dQ += ds K.
 
     dQ goes to acc_desc in float32, a tile after the other, each in the order in which threads hold it. With APART a
-    group of its own computes it. With IN_TURN the programs add to a tile in the order of their keys; turns counts them.
+    group of its own computes it. Persistent: a program owns one key tile after the other, as table says if PLANNED.
     """
     dtype: gl.constexpr = q_desc.dtype
     L: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     B: gl.constexpr = mbarrier.MBarrierLayout()
     q_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, D], L)
     do_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, D], L)
-    k_tile = gl.allocate_shared_memory(dtype, [1, BN, D], L)
-    v_tile = gl.allocate_shared_memory(dtype, [1, BN, D], L)
+    k_tile = gl.allocate_shared_memory(dtype, [K_SLOTS, BN, D], L)
+    v_tile = gl.allocate_shared_memory(dtype, [V_SLOTS, BN, D], L)
     stats_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BM], stats_desc.layout)
     ds_ring = gl.allocate_shared_memory(dtype, [2 if APART or DQ_LATE else 1, BN if DQ else 8, BM], L)
     staging = gl.allocate_shared_memory(gl.float32, [2, acc_desc.block_type.shape[0], 32], acc_desc.layout)
     ds_free = gl.allocate_shared_memory(gl.int64, [2, 1], B)
-    k_full = gl.allocate_shared_memory(gl.int64, [1, 1], B)
-    v_full = gl.allocate_shared_memory(gl.int64, [1, 1], B)
+    k_full = gl.allocate_shared_memory(gl.int64, [K_SLOTS, 1], B)
+    v_full = gl.allocate_shared_memory(gl.int64, [V_SLOTS, 1], B)
+    finished = gl.allocate_shared_memory(gl.int64, [2, 1], B)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    mbarrier.init(k_full.index(0), count=1)
-    mbarrier.init(v_full.index(0), count=1)
+    for slot in gl.static_range(K_SLOTS):
+        mbarrier.init(k_full.index(slot), count=1)
+    for slot in gl.static_range(V_SLOTS):
+        mbarrier.init(v_full.index(slot), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(q_full.index(stage), count=1)
         mbarrier.init(do_full.index(stage), count=1)
     for slot in gl.static_range(2):
         mbarrier.init(ds_free.index(slot), count=1)
+        mbarrier.init(finished.index(slot), count=2)
     fence_async_shared()
 
-    tile, row = program_tile(gl.cdiv(seq_kv, BN), rows, together)  # causal: the first keys are seen by the most rows
-    place = (row // heads_kv, row % heads_kv, tile * BN)
     band = (left, right)
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
-    SHAPE: gl.constexpr = (BM, BN, D, STAGES)
+    SHAPE: gl.constexpr = (BM, BN, D, STAGES, K_SLOTS, V_SLOTS)
     HOW: gl.constexpr = (
         DQ and not APART, APART, DQ_LATE, EARLY, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP,
     )  # fmt: skip
-    lo, full_lo, full_hi, hi = query_range(tile * BN, seq_q, seq_kv, band, BM, BN, MASKS)
-    steps = (full_lo - lo, full_hi - lo, hi - lo)
-    # Statistics and the accumulator of dQ are padded to multiples of 128 queries.
-    walk = (lo, hi - lo, gl.cdiv(seq_q, 128) * (128 // BM), group, heads_kv * group)
+    schedule = (table, rounds, gl.cdiv(seq_kv, BN), rows, together)
+    sizes = (heads_kv, group, seq_q, seq_kv)
     rings = (q_ring, do_ring, stats_ring, q_full, do_full)
-    kv = (k_tile, v_tile, k_full, v_full)
+    kv = (k_tile, v_tile, k_full, v_full, finished)
     ds_tile = (ds_ring, ds_free)
-    order = (turns, seq_kv - seq_q - left if LEFT else -seq_q)  # row i sees no key before i + order[1]
     if APART:
         gl.warp_specialize([
-            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), acc_desc, rings, kv, staging, place, walk, order, SHAPE, DQ and not APART, DQ_LATE, IN_TURN)),
-            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
-            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
-            (dq_group, (acc_desc, kv, ds_tile, staging, walk, place, order, SHAPE, IN_TURN)),
+            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), acc_desc, rings, kv, ds_ring, staging, schedule, sizes, band, SHAPE, MASKS, PLANNED, DQ and not APART, DQ_LATE)),
+            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, staging, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
+            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, staging, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
+            (dq_group, (acc_desc, kv, ds_tile, staging, schedule, sizes, band, SHAPE, MASKS, PLANNED)),
         ], [4, 4, 4], [208, 208, 72])  # fmt: skip
     else:
         gl.warp_specialize([
-            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), acc_desc, rings, kv, staging, place, walk, order, SHAPE, DQ and not APART, DQ_LATE, IN_TURN)),
-            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
-            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, staging, tile * BN, lo * BM, steps, group, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, HOW, GROUPED)),
+            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), acc_desc, rings, kv, ds_ring, staging, schedule, sizes, band, SHAPE, MASKS, PLANNED, DQ and not APART, DQ_LATE)),
+            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, staging, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
+            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, staging, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
         ], [4, 4], [240, 240])  # fmt: skip
 
 
@@ -885,7 +990,7 @@ def gluon_gradients_q(
         mbarrier.init(v_full.index(j), count=1)
     fence_async_shared()
 
-    tile, row = program_tile(gl.cdiv(seq_q, 128), rows, together)
+    tile, row = program_tile(gl.program_id(0), gl.cdiv(seq_q, 128), rows, together)
     if RIGHT:
         tile = gl.cdiv(seq_q, 128) - 1 - tile  # the longest rows start first
     place = (row // heads, row % heads, row % heads // group, tile * 128)
@@ -1093,7 +1198,7 @@ def gluon_gradients_kv(
         mbarrier.init(p_free.index(j), count=1)
     fence_async_shared()
 
-    tile, row = program_tile(gl.cdiv(seq_kv, 64), rows, together)
+    tile, row = program_tile(gl.program_id(0), gl.cdiv(seq_kv, 64), rows, together)
     place = (row // heads_kv, row % heads_kv, tile * 64)
     band = (left, right)
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)

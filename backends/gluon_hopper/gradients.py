@@ -15,7 +15,9 @@ from flash2.core.contract import TORCH_DTYPES, Spec, spec_of
 from flash2.core.problem import Problem
 
 TILE = 128  # queries: statistics and the accumulator of dQ are padded to whole ones
-TOGETHER = 4  # heads whose tiles take turns where tiles are uneven
+TOGETHER = 16  # heads whose tiles take turns where tiles are uneven
+PER_TILE = 3.0  # what a key tile costs beside its steps, in steps
+SHARED = 227 << 10  # bytes of shared memory a block may have
 L2_SHARE = 40 << 20  # of 50 MB: bytes of Q, dO and dQ's accumulator in use at a time
 
 
@@ -25,8 +27,7 @@ class Config:
 
     block_m, stages: queries a tile, and tiles in flight, of the kernel that owns keys. early: dP is issued wholly
     before the softmax. lse_first: the accumulator of S begins with -lse. dv_late: dV's product begins behind dS.
-    Fused: apart: dQ is computed by a third group; dq_late: a step later, beside the softmax; in_turn: added up in the
-    order of the keys, which makes it deterministic.
+    Fused: apart: dQ is computed by a third group; dq_late: a step later, beside the softmax.
     block_n, k_stages, v_stages: keys a tile, and tiles in flight, of the kernel that owns queries. resident_q:
     Q and dO are register operands there; resident_kv: K and V, in the kernel that owns keys. together: how many
     heads' tiles take turns in the grid; 0: 1, or a few where a causal mask makes tiles uneven.
@@ -40,7 +41,6 @@ class Config:
     dv_late: bool = False
     apart: bool = False
     dq_late: bool = False
-    in_turn: bool = False
     block_n: int = 64
     k_stages: int = 2
     v_stages: int = 2
@@ -53,12 +53,11 @@ class Config:
         first = " lse first" * self.lse_first
         if self.fused:
             how = f"{self.block_m}x128 s{self.stages}{' early' * self.early}{first}{' dV late' * self.dv_late}{' dQ apart' * self.apart}{' dQ late' * self.dq_late}"
-            order = "in turn: deterministic" if self.in_turn else "by float32 atomics: not deterministic"
-            return f"fused, {how}{resident}, dQ {order}"
+            return f"fused, {how}{resident}, dQ by float32 atomics: not deterministic"
         return f"two kernels, tiles of {self.block_m} queries and {self.block_n} keys{first}{resident}: deterministic"
 
 
-def choose(block_d: int, softcap: bool, deterministic: bool, causal: bool = False, seq: int = 0) -> Config:
+def choose(block_d: int, softcap: bool, deterministic: bool, causal: bool = False) -> Config:
     """The configuration for a head_dim padded to block_d. A softcap's slope takes registers: its tiles are smaller."""
     if block_d == 256:  # dK, dV and dQ of one tile do not fit together: the deterministic way is the fast one
         return Config(fused=False, block_m=64, block_n=32 if softcap else 64, v_stages=1)
@@ -72,11 +71,7 @@ def choose(block_d: int, softcap: bool, deterministic: bool, causal: bool = Fals
         return Config(fused=False, block_m=block_m, early=True, block_n=block_m, lse_first=not causal)
     if softcap:
         return Config(fused=True, block_m=64)
-    short = causal and seq <= 1024
-    return Config(
-        fused=True, block_m=64, stages=3, lse_first=True, apart=True, resident_kv=True,
-        early=short or not causal, dv_late=not short,
-    )  # fmt: skip
+    return Config(fused=True, block_m=64, stages=3, lse_first=True, apart=True, resident_kv=True, dv_late=True)
 
 
 def differentiate(
@@ -102,10 +97,7 @@ def differentiate(
     acc = stats.view(-1, 32)
     if plan.fused:
         acc = torch.empty((plan.stats_size * plan.width // 64, 32), dtype=torch.float32, device=q.device)
-    turns = stats
-    if plan.turns:
-        turns = torch.zeros(plan.turns, dtype=torch.int32, device=q.device)
-    for step, arguments in plan.steps(do, q, k, v, o, lse, dq, dk, dv, stats, acc, turns):
+    for step, arguments in plan.steps(do, q, k, v, o, lse, dq, dk, dv, stats, acc):
         step(*arguments)
     return dq, dk, dv
 
@@ -116,17 +108,20 @@ class Plan(NamedTuple):
     fused: bool
     width: int  # the head_dim that the kernels compute with
     stats_size: int  # float32: two numbers a query, padded
-    turns: int  # how many query tiles are added up in turn
+    table: torch.Tensor | None  # the order of the key tiles
     statistics: Launch
     kv: Launch
     q: Launch
 
-    def steps(self, do, q, k, v, o, lse, dq, dk, dv, stats, acc, turns) -> tuple:
-        """(launch, its tensors) in their order; acc is dQ's accumulator, or anything if not fused, as turns is."""
+    def steps(self, do, q, k, v, o, lse, dq, dk, dv, stats, acc) -> tuple:
+        """(launch, its tensors) in their order; acc is dQ's accumulator, or anything if not fused."""
         owned_keys = (q, k, v, do, dk, dv, stats)
         return (
             (self.statistics, (o, do, lse, stats, acc)),
-            (self.kv, owned_keys if self.width == 256 else (*owned_keys, acc, turns)),
+            (
+                self.kv,
+                owned_keys if self.width == 256 else (*owned_keys, acc, stats if self.table is None else self.table),
+            ),
             (self.q, (dq, acc) if self.fused else (q, k, v, do, dq, stats)),
         )
 
@@ -139,7 +134,7 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     left, right = spec.band
     LEFT = left is not None and left < seq_kv - 1  # else it hides nothing
     RIGHT = right is not None and right < seq_q - 1
-    how = config or choose(d, spec.softcap != 0, deterministic, RIGHT, seq_q)
+    how = config or choose(d, spec.softcap != 0, deterministic, RIGHT)
     factor, cap = spec.scale * LOG2E, 0.0
     if spec.softcap:
         factor, cap = 2 * spec.scale * LOG2E / spec.softcap, spec.softcap * LOG2E
@@ -153,6 +148,14 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     together = how.together
     if not together:
         together = heads_together(group * seq_q * d * (8 if how.fused else 4), RIGHT and not LEFT)
+    tiles, pairs = -(-seq_kv // 128), batch * heads_kv
+    programs = min(tiles * pairs, launch.multiprocessors(q.device))
+    table, rounds = None, 0
+    if d != 256:
+        work = [
+            steps(128 * j, m, seq_q, seq_kv, left if LEFT else None, right if RIGHT else None) for j in range(tiles)
+        ]
+        table, rounds = launch.planned([group * n + PER_TILE for n in work], pairs, programs, together, q.device)
     sizes = (group, seq_q, seq_kv, left if LEFT else 0, right if RIGHT else 0, together, factor, cap, spec.scale)
     features = {"LEFT": LEFT, "RIGHT": RIGHT, "SOFTCAP": spec.softcap != 0}
 
@@ -175,11 +178,12 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
         )  # fmt: skip
     else:
         kv = Launch(
-            backward.gluon_gradients_fused, (batch * heads_kv * -(-seq_kv // 128),),
+            backward.gluon_gradients_fused, (programs,),
             ((m, d), (128, d), (128, d), (m, d), (64, d), (64, d), (2 * m,), (2 * columns if how.fused else 8, 32), None),
-            (batch * heads_kv, heads_kv, *sizes),
-            dict(constants, BM=m, BN=128, DQ=how.fused, APART=how.apart, DQ_LATE=how.dq_late, IN_TURN=how.in_turn,
-                 EARLY=how.early, LSE_FIRST=lse_first, DV_LATE=how.dv_late, RESIDENT=how.resident_kv),
+            (pairs, heads_kv, *sizes, rounds),
+            dict(constants, BM=m, BN=128, **slots(how, d), DQ=how.fused, APART=how.apart, DQ_LATE=how.dq_late,
+                 PLANNED=table is not None, EARLY=how.early, LSE_FIRST=lse_first, DV_LATE=how.dv_late,
+                 RESIDENT=how.resident_kv),
         )  # fmt: skip
     if how.fused:
         gradients_q = Launch(
@@ -196,7 +200,25 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
             dict(features, TAIL=seq_kv % n != 0, D=d, BM=m, BN=n, K_STAGES=how.k_stages, V_STAGES=how.v_stages,
                  LSE_FIRST=lse_first, RESIDENT=how.resident_q),
         )  # fmt: skip
-    return Plan(how.fused, d, rows * padded * 2, rows * padded // m * how.in_turn, statistics, kv, gradients_q)
+    return Plan(how.fused, d, rows * padded * 2, table, statistics, kv, gradients_q)
+
+
+def slots(how: Config, d: int) -> dict[str, int]:
+    """How many tiles of K and of V the kernel that owns keys has room for: two, if the next one's may be loaded early."""
+    parts = 2 if how.apart or how.dq_late else 1
+    used = 2 * how.stages * how.block_m * (2 * d + 4) + parts * 2 * how.block_m * (128 if how.fused else 8) + 1024
+    used += 2 * 128 * (2 * (64 if how.apart else d * how.block_m // 128) if how.fused else 8)
+    k_slots = 2 if used + 3 * 256 * d <= SHARED else 1
+    v_slots = 2 if used + 4 * 256 * d <= SHARED else 1
+    return {"K_SLOTS": k_slots, "V_SLOTS": v_slots}
+
+
+def steps(start_n: int, m: int, seq_q: int, seq_kv: int, left: int | None, right: int | None) -> int:
+    """How many query tiles of m see a key of start_n..; backward.query_range() in Python."""
+    offset, last = seq_kv - seq_q, min(start_n + 128, seq_kv) - 1
+    hi = -(-seq_q // m)
+    lo = 0 if right is None else min(max(start_n - offset - right, 0) // m, hi)
+    return hi - lo if left is None else max(0, min(hi, -(-max(last + left - offset + 1, 0) // m)) - lo)
 
 
 def heads_together(nbytes: int, uneven: bool) -> int:
@@ -232,7 +254,7 @@ def chosen(problem: Problem, deterministic: bool) -> Config:
     """The configuration of a backward."""
     right = spec_of(problem.replace(alibi=False)).band[1]
     causal = right is not None and right < problem.seq_q - 1
-    return choose(block_d(problem.head_dim), problem.softcap != 0, deterministic, causal, problem.seq_q)
+    return choose(block_d(problem.head_dim), problem.softcap != 0, deterministic, causal)
 
 
 def described(problem: Problem, deterministic: bool = False) -> list[str]:
@@ -256,6 +278,5 @@ def planned(problem: Problem, deterministic: bool, config: Config | None = None)
         plan = plan_backward(q, q, k, k, q, q, k, k, spec_of(problem), deterministic, config)
         stats = torch.empty(plan.stats_size, dtype=torch.float32)
         acc = torch.empty((plan.stats_size * plan.width // 64, 32), dtype=torch.float32)
-        turns = torch.empty(max(1, plan.turns), dtype=torch.int32)
-    steps = plan.steps(q, q, k, k, q, lse, q, k, k, stats, acc, turns)
-    return dict(zip(("statistics", "kv", "q"), steps, strict=True))
+    launches = plan.steps(q, q, k, k, q, lse, q, k, k, stats, acc)
+    return dict(zip(("statistics", "kv", "q"), launches, strict=True))

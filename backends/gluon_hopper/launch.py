@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -224,7 +224,9 @@ def plan_forward(q, k, v, spec: Spec, config: ForwardConfig | None = None) -> Fo
     rows, row_tiles = batch * heads, triton.cdiv(seq_q, block_m)
     one_k, one_v = unexpanded(k, v)
     blocks = min(row_tiles * rows, config.blocks * multiprocessors(q.device))
-    table, rounds = planned(band, config, rows, row_tiles, blocks, heads // heads_kv, head_dim, q.device)
+    together = max(1, schedule.L2_SHARE // (4 * band.keys * head_dim)) * (heads // heads_kv)
+    work = [band.tiles(m * block_m, block_m, block_n) + 0.9 for m in range(row_tiles)]
+    table, rounds = planned(work, rows, blocks, together, q.device)
     scale, cap = spec.scale * LOG2E, 0.0
     if spec.softcap:
         scale, cap = 2.0 * scale / spec.softcap, spec.softcap * LOG2E
@@ -276,20 +278,18 @@ _TABLES_LIMIT = 16 << 20  # entries of 4 bytes
 
 
 def planned(
-    band: Band, config: ForwardConfig, rows: int, row_tiles: int, blocks: int, group: int, head_dim: int, device
+    work: Sequence[float], rows: int, blocks: int, together: int, device: torch.device
 ) -> tuple[torch.Tensor | None, int]:
     """(table, rounds) of schedule.plan(), on the device; (None, 0) where tiles cost the same or there is no table."""
-    work = [band.tiles(m * config.block_m, config.block_m, config.block_n) for m in range(row_tiles)]
-    if len(set(work)) == 1 or not schedule.fits(row_tiles, rows):
+    if len(set(work)) == 1 or not schedule.fits(len(work), rows):
         return None, 0
-    together = max(1, schedule.L2_SHARE // (4 * band.keys * head_dim)) * group
     key = (tuple(work), rows, blocks, together, device)
     if key not in _tables:
         if sum(table.numel() for table, _ in _tables.values()) > _TABLES_LIMIT:
             return None, 0
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None, 0  # a copy from the host has no place in a graph
-        entries, rounds = schedule.plan([n + 0.9 for n in work], rows, blocks, min(together, rows))
+        entries, rounds = schedule.plan(work, rows, blocks, min(together, rows))
         _tables[key] = torch.tensor(entries, dtype=torch.int32, device=device), rounds
     return _tables[key]
 
