@@ -22,8 +22,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {"layers": 6, "width": 384, "heads": 6, "context": 1024, "batch": 16, "steps": 1000, "lr": 4e-3,
               "optimizer": "muon", "precision": "bf16", "validation_tokens": 1 << 17},
     # 99 million parameters; 64 k tokens a step.
-    "100m": {"layers": 14, "width": 768, "heads": 12, "context": 4096, "batch": 16, "steps": 300, "lr": 4e-3,
-             "optimizer": "muon", "precision": "bf16", "validation_tokens": 1 << 18},
+    "100m": {"layers": 14, "width": 768, "heads": 12, "context": 4096, "batch": 16, "steps": 300, "lr": 2e-3,
+             "warmup": 60, "optimizer": "muon", "precision": "bf16", "validation_tokens": 1 << 20},
 }  # fmt: skip
 DEVICE_SIZES = {"cpu": "tiny", "cuda": "100m"}
 
