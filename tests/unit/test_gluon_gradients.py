@@ -1,0 +1,40 @@
+"""What the host plans for the Gluon backward: how long each key tile takes, how many buffers fit."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+pytest.importorskip("triton")
+
+from flash2.backends.gluon_hopper import gradients
+
+
+@pytest.mark.parametrize("m", [64, 128])
+@pytest.mark.parametrize(("seq_q", "seq_kv"), [(512, 512), (300, 411), (450, 200), (1, 700), (640, 1)])
+@pytest.mark.parametrize(("left", "right"), [(None, None), (None, 0), (150, 0), (70, 90), (40, None)])
+def test_steps_are_the_query_tiles_that_see_a_key(m, seq_q, seq_kv, left, right):
+    for start in range(0, seq_kv, 128):
+        keys = range(start, min(start + 128, seq_kv))
+        seen = {
+            i // m
+            for i, j in itertools.product(range(seq_q), keys)
+            if (right is None or j <= i + seq_kv - seq_q + right) and (left is None or j >= i + seq_kv - seq_q - left)
+        }
+        # the kernel's ranges are those of whole tiles, whose last rows may not exist
+        assert len(seen) <= gradients.steps(start, m, seq_q, seq_kv, left, right) <= len(seen) + 1
+
+
+def test_steps_of_a_causal_mask():
+    assert [gradients.steps(start, 64, 512, 512, None, 0) for start in (0, 128, 256, 384)] == [8, 6, 4, 2]
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("softcap", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_next_keys_have_a_buffer(d, softcap, deterministic):
+    """In every shipped configuration; V's may have to wait for shared memory."""
+    slots = gradients.slots(gradients.choose(d, softcap, deterministic), d)
+    assert slots["K_SLOTS"] == 2
+    assert slots["V_SLOTS"] == (2 if d == 64 or (softcap and not deterministic) else 1)
