@@ -37,4 +37,4 @@ def test_the_next_keys_have_a_buffer(d, softcap, deterministic):
     """In every shipped configuration; V's may have to wait for shared memory."""
     slots = gradients.slots(gradients.choose(d, softcap, deterministic), d)
     assert slots["K_SLOTS"] == 2
-    assert slots["V_SLOTS"] == (2 if d == 64 or (softcap and not deterministic) else 1)
+    assert slots["V_SLOTS"] == (2 if d == 64 else 1)
