@@ -30,6 +30,7 @@ from flash2.backends.gluon_hopper.compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from flash2.backends.gluon_hopper.forward import planned_count, planned_tile
 
 # Named barriers, of which a block has 16; no kernel uses two that share an id.
 FREE = FIRST_BARRIER  # + stage, at most 4: a stage of the ring of queries (gradients_q: of keys) is free again
@@ -272,7 +273,7 @@ def block_count(schedule, PLANNED: gl.constexpr):
     """How many key tiles this program owns, one after the other."""
     table, rounds, tiles, rows, together = schedule
     if PLANNED:
-        return gl.load(table + rounds * gl.num_programs(0) + gl.program_id(0))
+        return planned_count(table, rounds)
     else:
         return gl.cdiv(tiles * rows - gl.program_id(0), gl.num_programs(0))
 
@@ -281,12 +282,16 @@ def block_count(schedule, PLANNED: gl.constexpr):
 def block_at(r, schedule, PLANNED: gl.constexpr):
     """(key tile, (batch, head of keys)) of this program's round r: as planned (schedule.py), or program by program."""
     table, rounds, tiles, rows, together = schedule
-    at = r * gl.num_programs(0) + gl.program_id(0)
     if PLANNED:
-        entry = gl.load(table + at)
-        return entry & 4095, entry >> 12
-    else:
-        return program_tile(at, tiles, rows, together)  # causal: the first keys are seen by the most rows
+        return planned_tile(table, r)
+    else:  # causal: the first keys are seen by the most rows
+        return program_tile(r * gl.num_programs(0) + gl.program_id(0), tiles, rows, together)
+
+
+@gluon.jit
+def place_of(tile, row, heads_kv, BN: gl.constexpr):
+    """(batch, head of keys, first key) of a key tile."""
+    return row // heads_kv, row % heads_kv, tile * BN
 
 
 @gluon.jit
@@ -298,7 +303,7 @@ def walk_of(tile, row, sizes, band, SHAPE: gl.constexpr, MASKS: gl.constexpr):
     n = hi - lo
     # Statistics and the accumulator of dQ are padded to multiples of 128 queries.
     walk = (lo, n, gl.cdiv(seq_q, 128) * (128 // BM), group, heads_kv * group)
-    return (row // heads_kv, row % heads_kv, tile * BN), walk, (full_lo - lo, full_hi - lo, n)
+    return place_of(tile, row, heads_kv, BN), walk, (full_lo - lo, full_hi - lo, n)
 
 
 @gluon.jit
@@ -357,15 +362,15 @@ def load_ahead(
         if i > 0:
             load_queries(descs, rings, (batch, head, t, index), g, SHAPE)
         else:
-            where = (row // sizes[0], row % sizes[0], tile * BN)
+            here = place_of(tile, row, sizes[0], BN)
             slot = r % K_SLOTS
             tma_store_wait(0)  # dK of the tile that was here has left
             mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-            load_rows(k_desc, (where[0], where[1]), where[2], k_full.index(slot), k_tile.index(slot))
+            load_rows(k_desc, (here[0], here[1]), here[2], k_full.index(slot), k_tile.index(slot))
             if total > 0:
                 load_queries(descs, rings, (batch, head, t, index), g, SHAPE)
             if V_SLOTS == 2:
-                load_values(v_desc, kv, where, r, V_SLOTS)
+                load_values(v_desc, kv, here, r, V_SLOTS)
         g += gl.where(total > 0, 1, 0)
         i += 1
         if i >= total:
@@ -406,7 +411,7 @@ def fused_producer(
         total = walk[1] * walk[3]
         limit = gl.minimum(r + K_SLOTS, count)
         tile_next, row_next = block_at(gl.minimum(r + 1, count - 1), schedule, PLANNED)
-        next_place = (row_next // sizes[0], row_next % sizes[0], tile_next * BN)
+        next_place = place_of(tile_next, row_next, sizes[0], BN)
         steps = total
         if DQ:
             if total > 0:

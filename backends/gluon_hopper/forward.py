@@ -99,13 +99,26 @@ def ring(g, SLOTS: gl.constexpr):
 
 
 @gluon.jit
+def planned_count(table, rounds):
+    """How many tiles a table of schedule.plan() gives this block."""
+    return gl.load(table + rounds * gl.num_programs(0) + gl.program_id(0))
+
+
+@gluon.jit
+def planned_tile(table, r):
+    """(tile, row) that it gives this block in round r."""
+    entry = gl.load(table + r * gl.num_programs(0) + gl.program_id(0))
+    return entry & 4095, entry >> 12
+
+
+@gluon.jit
 def tile_count(order, PLANNED: gl.constexpr):
     """How many row tiles this block computes."""
     table, table_rounds, row_tiles, rows = order
     blocks = gl.num_programs(0)
     block = gl.program_id(0)
     if PLANNED:
-        return gl.load(table + table_rounds * blocks + block)
+        return planned_count(table, table_rounds)
     else:
         full_rounds = row_tiles * rows // blocks
         place = gl.where((full_rounds & 1) == 1, blocks - 1 - block, block)
@@ -119,8 +132,7 @@ def tile_at(r, order, RIGHT: gl.constexpr, PLANNED: gl.constexpr):
     blocks = gl.num_programs(0)
     block = gl.program_id(0)
     if PLANNED:
-        entry = gl.load(table + r * blocks + block)
-        return entry & 4095, entry >> 12
+        return planned_tile(table, r)
     else:
         t = r * blocks + gl.where((r & 1) == 1, blocks - 1 - block, block)
         if RIGHT:  # the longest rows first: the snake pairs them with the short ones

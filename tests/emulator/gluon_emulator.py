@@ -29,7 +29,6 @@ DTYPES = {
     getattr(gl, name): getattr(torch, name)
     for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8")
 } | {gl.int1: torch.bool}
-POLLS = 1000  # of a number that only another program changes: programs run one after the other
 BAR = re.compile(r"bar\.(?P<kind>sync|arrive)\s+(?P<id>\S+?),\s*(?P<threads>\d+)")
 
 
@@ -260,7 +259,7 @@ class Language:
     """The functions of gl, tl, mbarrier, tma and hopper that the kernels call."""
 
     def __init__(self, machine: Emulator) -> None:
-        self.machine, self.polls = machine, 0
+        self.machine = machine
         m = machine
         hopper_functions = types.SimpleNamespace(
             fence_async_shared=self.fence_async_shared, warpgroup_mma=m.mma, warpgroup_mma_wait=m.mma_wait,
@@ -367,13 +366,10 @@ class Language:
             return Mbarriers(name, shape[0])
         return Shared(self.machine, Allocation(name), torch.full(tuple(shape), torch.nan, dtype=dtype))
 
-    def load(self, pointer, mask=None, other=0, volatile=False, **_options):
-        """From global memory; again and again if volatile, until another program has changed it."""
+    @staticmethod
+    def load(pointer, mask=None, other=0, **_options):
+        """From global memory."""
         offset = pointer.offset
-        if volatile:
-            self.polls += 1
-            if self.polls > POLLS:
-                raise Hazard("deadlock: a program waits for one that starts after it")
         if not isinstance(offset, torch.Tensor):
             value = (
                 pointer.memory[int(offset)] if mask is None or mask else torch.tensor(other, dtype=pointer.memory.dtype)
@@ -423,11 +419,6 @@ class Language:
             return Scalar(0)
         if "tanh.approx" in asm:
             return torch.tanh(args[0])
-        if asm.startswith(("fence.", "cp.async.bulk.wait_group 0;")):
-            if asm.startswith("cp."):
-                self.machine.store_wait(0)
-            self.polls = 0
-            return Scalar(0)
         if asm.startswith("mov.b32 $0, 0"):
             return Scalar(0)
         if "vote.sync" in asm:  # a product that is left out where it changes nothing
