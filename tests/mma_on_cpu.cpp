@@ -221,6 +221,10 @@ static void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     for (int r = 0; r < 4; r++) c[r] += __uint_as_float(out[r]);
 }
 
+static void add_to_number(u32 &x, u32 add) {
+    if (float y = __uint_as_float(x); y == y) x += add;
+}
+
 // Operands are cut to 10 bits behind the point, as the tensor cores do.
 static void mma_tf32(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     unsigned in[8] = {a[0], a[1], a[2], a[3], b0, b1}, out[4];
@@ -268,6 +272,7 @@ static void ldmatrix_turned(u32 (&x)[4], u32 from) { ldmatrix_any(x, from, true)
 
 static void store_shared(u32 to, u32 x) { check(to, 4); memcpy(memory + to, &x, 4); }
 static void load_shared(u32 (&x)[4], u32 from) { check(from, 16); memcpy(x, memory + from, 16); }
+static void store_shared(u32 to, const u32 (&x)[4]) { check(to, 16); memcpy(memory + to, x, 16); }
 static float load_one(u32 from) { check(from, 4); float x; memcpy(&x, memory + from, 4); return x; }
 static float2 load_pair(u32 from) { check(from, 8); float2 x; memcpy(&x, memory + from, 8); return x; }
 

@@ -19,16 +19,18 @@ __device__ __forceinline__ Head head_of(const void *x, const Strides &s, int bat
 }
 
 // Rows start.. of a head, columns d.., as ROWS x COLUMNS floats; 0 past `seq` and past head_dim. In shared memory rows
-// are PITCH floats apart, and every GAP_ROWS rows 4 more; odd ones are ODD further.
-template <int ROWS, int COLUMNS, int PITCH, int GAP_ROWS = 0, int ODD = 0>
+// are PITCH floats apart, and every GAP_ROWS rows 4 more; odd ones are ODD further. With TWOS a thread's rows are neighbours
+// in twos.
+template <int ROWS, int COLUMNS, int PITCH, int GAP_ROWS = 0, int ODD = 0, bool TWOS = false>
 __device__ __forceinline__ void load_tile(float *to, const Head &head, int start, int seq, int d, int head_dim) {
     constexpr int ACROSS = COLUMNS / 4 < THREADS ? COLUMNS / 4 : THREADS;  // pieces of 16 bytes, side by side
     constexpr int STEP = THREADS / ACROSS;                                // rows at once
     static_assert(THREADS % ACROSS == 0 && COLUMNS % (4 * ACROSS) == 0, "a thread stays in its columns");
     static_assert(ODD == 0 || STEP % 2 == 0, "a thread's rows are all odd or all even");
+    static_assert(!TWOS || (ROWS % (2 * STEP) == 0 && GAP_ROWS == 0 && ODD == 0), "whole twos, and nothing between them");
     constexpr bool EVEN = ROWS % STEP == 0 && (GAP_ROWS == 0 || STEP % GAP_ROWS == 0);
     const u32 thread = THREAD;
-    const int first = thread / ACROSS;
+    const int first = thread / ACROSS * (TWOS ? 2 : 1);
 #pragma unroll
     for (int part = 0; part < COLUMNS; part += 4 * ACROSS) {
         const int column = part + thread % ACROSS * 4;
@@ -36,12 +38,16 @@ __device__ __forceinline__ void load_tile(float *to, const Head &head, int start
         const float *from = head.rows + (start + first) * head.stride + d + column;
         if (EVEN && start + ROWS <= seq && d + COLUMNS <= head_dim) {
 #pragma unroll
-            for (int n = 0; n < ROWS / STEP; n++, from += STEP * head.stride)
-                copy_async(address + n * 4 * (STEP * PITCH + (GAP_ROWS ? STEP / GAP_ROWS * 4 : 0)), from, 16);
+            for (int n = 0; n < ROWS / STEP; n++) {
+                const int row = TWOS ? n / 2 * 2 * STEP + n % 2 : n * STEP;  // after the first
+                copy_async(address + 4 * (row * PITCH + (GAP_ROWS ? row / GAP_ROWS * 4 : 0)), from, 16);
+                from += (!TWOS ? STEP : n % 2 ? 2 * STEP - 1 : 1) * head.stride;
+            }
         } else {
             const int bytes = 4 * min(max(head_dim - d - column, 0), 4);
 #pragma unroll 1
-            for (int row = first; row < ROWS; row += STEP, from += STEP * head.stride) {
+            for (int row = first, step; row < ROWS; row += step, from += step * head.stride) {
+                step = !TWOS ? STEP : row % 2 ? 2 * STEP - 1 : 1;
                 const bool inside = start + row < seq && bytes > 0;
                 const int gap = GAP_ROWS ? (row / GAP_ROWS - first / GAP_ROWS) * 4 : 0;
                 copy_async(address + 4 * ((row - first) * PITCH + gap), inside ? from : head.rows, inside ? bytes : 0);
@@ -82,13 +88,29 @@ struct Ring {
             copy_commit();
         }
     }
-    // The next piece, which stays until everybody has called again.
+    // The next piece, which stays until everybody has taken another.
     __device__ __forceinline__ const float *next() {
         float *piece = stages + slot * STAGE;
         copy_wait<STAGES - 2>();
         load.arrived(piece);
         __syncthreads();
         load(stages + (slot == 0 ? STAGES - 1 : slot - 1) * STAGE);
+        copy_commit();
+        slot = slot == STAGES - 1 ? 0 : slot + 1;
+        return piece;
+    }
+    // next() in two: what a thread does to its part of the piece may come well before it takes it. `kind` tells the loader
+    // what piece it is. (As a call of these two next() has other registers, which spill in gradients_kv on sm_100.)
+    template <class... Kind>
+    __device__ __forceinline__ void prepare(Kind... kind) {
+        copy_wait<STAGES - 2>();
+        load.arrived(stages + slot * STAGE, kind...);
+    }
+    template <class... Kind>
+    __device__ __forceinline__ const float *take(Kind... kind) {
+        float *piece = stages + slot * STAGE;
+        __syncthreads();
+        load(stages + (slot == 0 ? STAGES - 1 : slot - 1) * STAGE, kind...);
         copy_commit();
         slot = slot == STAGES - 1 ? 0 : slot + 1;
         return piece;

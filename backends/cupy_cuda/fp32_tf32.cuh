@@ -17,6 +17,11 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const u32 (&a)[4], u32 b
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// x += add, x being the bits of a float, if that is a number: two instructions, where a choice of summands takes three.
+__device__ __forceinline__ void add_to_number(u32 &x, u32 add) {
+    asm("{ .reg .pred p; setp.num.f32 p, %1, %1; @p add.u32 %0, %0, %2; }" : "+r"(x) : "f"(__uint_as_float(x)), "r"(add));
+}
 #endif
 
 // x with half a unit of TF32's last place added: cut, it is rounded to nearest, ties away from 0 (cvt.rna, which would
@@ -37,6 +42,36 @@ __device__ __forceinline__ void round_own(float *tile) {
             const uint4 x = piece;
             piece = make_uint4(rounded(__uint_as_float(x.x)), rounded(__uint_as_float(x.y)), rounded(__uint_as_float(x.z)),
                                rounded(__uint_as_float(x.w)));
+        }
+}
+
+// The same for load_tile<ROWS, BLOCK_D, PITCH, 0, 0, TWOS>, where it stands among other work: loads and stores keep their
+// place. With TWOS the elements of an even row and of the next come in turns: rows x0 x1 x2 x3 x4.. and y0 y1 y2 y3 y4..
+// become x0 y0 x1 y1 x4 y4.. and x2 y2 x3 y3 x6 y6..
+template <int ROWS, bool TWOS>
+__device__ __forceinline__ void round_in_place(float *tile) {
+    constexpr int ACROSS = BLOCK_D / 4 < THREADS ? BLOCK_D / 4 : THREADS, STEP = THREADS / ACROSS, ROW = TWOS ? 2 : 1;
+    static_assert(ROWS % (ROW * STEP) == 0, "every thread has as many pieces");
+#pragma unroll
+    for (int n = 0; n < ROWS / STEP; n += ROW)
+#pragma unroll
+        for (int part = 0; part < BLOCK_D; part += 4 * ACROSS) {
+            const int row = threadIdx.x / ACROSS * ROW + n * STEP, column = part + threadIdx.x % ACROSS * 4;
+            const u32 address = shared_address(tile) + 4 * (row * PITCH + column);
+            u32 x[ROW][4];
+#pragma unroll
+            for (int r = 0; r < ROW; r++) load_shared(x[r], address + r * 4 * PITCH);
+#pragma unroll
+            for (int r = 0; r < ROW; r++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) add_to_number(x[r][e], 0x1000u);  // rounded()
+            if (TWOS) {
+                constexpr int Y = ROW - 1;
+                store_shared(address, {x[0][0], x[Y][0], x[0][1], x[Y][1]});
+                store_shared(address + 4 * PITCH, {x[0][2], x[Y][2], x[0][3], x[Y][3]});
+            } else {
+                store_shared(address, x[0]);
+            }
         }
 }
 
@@ -82,8 +117,9 @@ __device__ __forceinline__ void multiply_nt(float (&c)[M][N][4], u32 a, u32 b, c
 }
 
 // c += a b: a is what multiply_nt left, rounded, b its 8 N rows in shared memory from the columns wanted on. That sum may
-// run in any order: a's column 2 t counts as t and 2 t + 1 as t + 4, and no element changes threads.
-template <int M, int N, int D>
+// run in any order: a's column 2 t counts as t and 2 t + 1 as t + 4, and no element changes threads. TWOS: b as
+// round_in_place left it, so that what one mma takes was loaded to neighbouring registers, where it must be.
+template <bool TWOS = false, int M, int N, int D>
 __device__ __forceinline__ void multiply_nn(float (&c)[M][D][4], const float (&a)[M][N][4], u32 b, const Lane &lane) {
     b += 4 * (2 * lane.t * PITCH + 4 * lane.g);
 #pragma unroll
@@ -98,7 +134,10 @@ __device__ __forceinline__ void multiply_nn(float (&c)[M][D][4], const float (&a
                 const u32 x[4] = {__float_as_uint(a[m][n][0]), __float_as_uint(a[m][n][2]), __float_as_uint(a[m][n][1]),
                                   __float_as_uint(a[m][n][3])};
 #pragma unroll
-                for (int e = 0; e < 4; e++) mma_tf32(c[m][d + e], x, even[e], odd[e]);
+                for (int e = 0; e < 4; e++) {
+                    const u32(&two)[4] = e < 2 ? even : odd;
+                    mma_tf32(c[m][d + e], x, TWOS ? two[e % 2 * 2] : even[e], TWOS ? two[e % 2 * 2 + 1] : odd[e]);
+                }
             }
         }
     }

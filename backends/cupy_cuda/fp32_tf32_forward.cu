@@ -3,22 +3,42 @@
 
 constexpr int M = BLOCK_M / (16 * WARPS), N = BLOCK_N / 8, D = BLOCK_D / 8;
 constexpr int STAGE = BLOCK_N * PITCH;
+// m_i is a maximum of the row's logits so far, not always the latest: it follows when they have grown by more than this,
+// in the log2 domain. Until then weights are up to 2^GROWTH, as exact as others, and no tile waits for its row maxima.
+constexpr float GROWTH = 8.0f;
+constexpr float LOWEST = -3.402823466e38f;  // m_i of a row that saw no key yet: finite, so that exp2(-inf - m_i) = 0
 static_assert(M * 16 * WARPS == BLOCK_M && N % 2 == 0, "a tile of whole mma blocks");
 static_assert(SHARED == 4 * (BLOCK_M * PITCH + STAGES * STAGE), "as fp32.py says");
 
-// Of each tile of keys: K, then V.
+struct OfK {
+    int start;
+};
+struct OfV {
+    int start;
+};
+
+// Of each tile of keys: K, then V. Beside a piece that is taken, the one STAGES - 1 on is loaded.
 struct Loader {
     const Params &p;
     Head k, v;
-    int start, hi;
+    int hi, start;  // of the first pieces, which nobody takes
     bool of_v;
-    __device__ __forceinline__ void arrived(float *stage) { round_own<BLOCK_N>(stage); }
+    __device__ __forceinline__ void arrived(float *stage, OfK) { round_in_place<BLOCK_N, false>(stage); }
+    __device__ __forceinline__ void arrived(float *stage, OfV) { round_in_place<BLOCK_N, true>(stage); }
+    __device__ __forceinline__ void operator()(float *stage, OfK at) {
+        copy<STAGES % 2 == 0>(stage, at.start + (STAGES - 1) / 2 * BLOCK_N);
+    }
+    __device__ __forceinline__ void operator()(float *stage, OfV at) {
+        copy<STAGES % 2 != 0>(stage, at.start + STAGES / 2 * BLOCK_N);
+    }
     __device__ __forceinline__ void operator()(float *stage) {
-        if (start >= hi) return;
-        const Head x = {of_v ? v.rows : k.rows, of_v ? p.sv.row : p.sk.row};  // a choice of structs would go by memory
-        load_tile<BLOCK_N, BLOCK_D, PITCH>(stage, x, start, p.seq_kv, 0, p.head_dim);
-        if (of_v) start += BLOCK_N;
+        if (of_v) copy<true>(stage, start), start += BLOCK_N;
+        else copy<false>(stage, start);
         of_v = !of_v;
+    }
+    template <bool V>
+    __device__ __forceinline__ void copy(float *stage, int start) {
+        if (start < hi) load_tile<BLOCK_N, BLOCK_D, PITCH, 0, 0, V>(stage, V ? v : k, start, p.seq_kv, 0, p.head_dim);
     }
 };
 
@@ -33,21 +53,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_attention_forward(con
 
     float *q_tile = reinterpret_cast<float *>(memory);
     load_tile<BLOCK_M, BLOCK_D, PITCH>(q_tile, head_of(p.q, p.sq, batch, head), start_m, p.seq_q, 0, p.head_dim);
-    Loader loader = {p, head_of(p.k, p.sk, batch, head / p.group), head_of(p.v, p.sv, batch, head / p.group), keys.lo, keys.hi, false};
+    Loader loader = {p, head_of(p.k, p.sk, batch, head / p.group), head_of(p.v, p.sv, batch, head / p.group), keys.hi, keys.lo, false};
     Ring<STAGE, Loader> ring(q_tile + BLOCK_M * PITCH, loader);
-    copy_wait<STAGES - 2>();
+    ring.prepare(OfK{});
     round_own<BLOCK_M>(q_tile);
 
     float acc[M][D][4] = {}, m_i[M][2], l_i[M][2];  // l_i: of this thread's columns, summed over the row at the end
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
-        for (int h = 0; h < 2; h++) m_i[m][h] = -INF, l_i[m][h] = 0.0f;
+        for (int h = 0; h < 2; h++) m_i[m][h] = LOWEST, l_i[m][h] = 0.0f;
 
     for (int start_n = keys.lo; start_n < keys.hi; start_n += BLOCK_N) {
         float s[M][N][4];
-        const float *k_tile = ring.next();
+        const float *k_tile = ring.take(OfK{start_n});
         multiply_nt(s, shared_address(q_tile + own * PITCH), shared_address(k_tile), lane);
+        if (STAGES > 2) ring.prepare(OfV{});  // beside that product, if V's copy began before it
 #if !FOLD
 #pragma unroll
         for (int m = 0; m < M; m++)
@@ -68,35 +89,52 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_attention_forward(con
                     for (int e = 0; e < 4; e++)
                         if (!visible(p, i0 + 16 * m + e / 2 * 8, start_n + lane.column(n, e))) s[m][n][e] = -INF;
         }
+        float high[M][2];  // of this thread's columns
+        bool fits = true;
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int h = 0; h < 4; h += 2) {
-                float high = s[m][0][h];
+            for (int h = 0; h < 2; h++) {
+                high[m][h] = s[m][0][2 * h];
 #pragma unroll
-                for (int n = 0; n < N; n++) high = fmaxf(high, fmaxf(s[m][n][h], s[m][n][h + 1]));
+                for (int n = 0; n < N; n++) high[m][h] = fmaxf(high[m][h], fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
+                fits = fits && !(fmaf(high[m][h], FOLD ? p.scale : 1.0f, -GROWTH) > m_i[m][h]);
+            }
+        if (!__all_sync(~0u, fits)) {
 #pragma unroll
-                for (int far = 1; far < 4; far *= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, far));
-                high = fmaxf(m_i[m][h / 2], FOLD ? high * p.scale : high);
-                const float safe = high == -INF ? 0.0f : high;  // a row that saw no key yet stays finite
-                const float alpha = exp2_approx(m_i[m][h / 2] - safe);
-                m_i[m][h / 2] = high;
-                float sum = 0.0f;
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float most = high[m][h];
+#pragma unroll
+                    for (int far = 1; far < 4; far *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, far));
+                    // Its own maximum alone decides: a row's result does not depend on its neighbours.
+                    const bool grew = fmaf(most, FOLD ? p.scale : 1.0f, -GROWTH) > m_i[m][h];
+                    most = grew ? FOLD ? most * p.scale : most : m_i[m][h];
+                    const float alpha = exp2_approx(m_i[m][h] - most);
+                    m_i[m][h] = most;
+                    l_i[m][h] *= alpha;
+#pragma unroll
+                    for (int d = 0; d < D; d++) acc[m][d][2 * h] *= alpha, acc[m][d][2 * h + 1] *= alpha;
+                }
+        }
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
 #pragma unroll
                 for (int n = 0; n < N; n++)
 #pragma unroll
-                    for (int e = h; e < h + 2; e++) {
+                    for (int e = 2 * h; e < 2 * h + 2; e++) {
                         // One formula for masked and full tiles: a row's result does not depend on where tiles fall.
-                        const float weight = exp2_approx(FOLD ? fmaf(s[m][n][e], p.scale, -safe) : s[m][n][e] - safe);
-                        sum += weight;
+                        const float weight = exp2_approx(FOLD ? fmaf(s[m][n][e], p.scale, -m_i[m][h]) : s[m][n][e] - m_i[m][h]);
+                        l_i[m][h] += weight;
                         s[m][n][e] = __uint_as_float(__float_as_uint(weight) + 0x1000u);  // rounded(); l_i keeps a NaN
                     }
-                l_i[m][h / 2] = l_i[m][h / 2] * alpha + sum;
-#pragma unroll
-                for (int d = 0; d < D; d++) acc[m][d][h] *= alpha, acc[m][d][h + 1] *= alpha;
-            }
-        const float *v_tile = ring.next();
-        multiply_nn(acc, s, shared_address(v_tile), lane);
+        if (STAGES == 2) ring.prepare(OfV{});
+        const float *v_tile = ring.take(OfV{start_n});
+        multiply_nn<true>(acc, s, shared_address(v_tile), lane);
+        ring.prepare(OfK{});  // past the last tile: of what is never taken
     }
     copy_wait<0>();
 
@@ -108,9 +146,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) cuda_attention_forward(con
             float sum = l_i[m][h];
 #pragma unroll
             for (int far = 1; far < 4; far *= 2) sum += __shfl_xor_sync(~0u, sum, far);
-            sum = sum == 0.0f ? 1.0f : sum;  // a row that saw no key: o = 0, and lse = m_i = -inf
+            const bool none = sum == 0.0f;  // a row that saw no key: o = 0, lse = -inf
+            sum = none ? 1.0f : sum;
             const int row = start_m + own + 16 * m + 8 * h + lane.g;
-            if (lane.t == 0 && row < p.seq_q) lse[row] = (m_i[m][h] + log2_approx(sum)) * LN2;
+            if (lane.t == 0 && row < p.seq_q) lse[row] = none ? -INF : (m_i[m][h] + log2_approx(sum)) * LN2;
             const float factor = 1.0f / sum;
 #pragma unroll
             for (int d = 0; d < D; d++) acc[m][d][2 * h] *= factor, acc[m][d][2 * h + 1] *= factor;

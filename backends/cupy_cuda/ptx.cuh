@@ -110,6 +110,10 @@ __device__ __forceinline__ void load_shared(u32 (&x)[4], u32 from) {
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
 }
 
+__device__ __forceinline__ void store_shared(u32 to, const u32 (&x)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
 __device__ __forceinline__ float load_one(u32 from) {
     float x;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");

@@ -28,6 +28,7 @@ GROUPED = {"heads_q": 2, "heads_kv": 1}
 FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "causal": ({**GROUPED, "seq_q": 70, "seq_kv": 130, "causal": True}, {"layout": "bshd"}),
     "full": ({"seq_q": 37, "seq_kv": 65}, {"upstream": "transpose"}),
+    "growing": ({"seq_q": 40, "seq_kv": 130}, {"distribution": "x3"}),  # maxima that later keys raise
     "empty-rows": ({**GROUPED, "seq_q": 150, "seq_kv": 40, "causal": True}, {}),
     "everything": (
         {**GROUPED, "seq_q": 66, "seq_kv": 140, "causal": True, "window": (50, 0), "softcap": 5.0, "alibi": True},
@@ -43,7 +44,7 @@ SIZES = [
 ]
 CHOICE = [
     ("bf16", 64, "causal"), ("bf16", 64, "empty-rows"), ("fp16", 75, "everything"), ("bf16", 192, "full"),
-    ("ieee", 61, "everything"), ("tf32", 61, "causal"),
+    ("ieee", 61, "everything"), ("tf32", 61, "causal"), ("tf32", 61, "growing"),
 ]  # fmt: skip
 
 
@@ -188,11 +189,27 @@ PLANTED = {
     "a row that saw no key, not told apart": (
         "half_statistics.cu", "lse == -INF ? INF : lse * LOG2E", "lse * LOG2E", "bf16", "empty-rows"),
     "a float32 ring that waits for one copy too few": (
-        "fp32.cuh", "copy_wait<STAGES - 2>();\n        load", "copy_wait<STAGES - 1>();\n        load", "ieee", "causal"),
+        "fp32.cuh", "STAGE;\n        copy_wait<STAGES - 2>();", "STAGE;\n        copy_wait<STAGES - 1>();", "ieee", "causal"),
     "a float32 ring without its barrier": (
-        "fp32.cuh", "        __syncthreads();\n        load(stages", "        load(stages", "tf32", "causal"),
+        "fp32.cuh", "STAGE;\n        __syncthreads();", "STAGE;", "tf32", "causal"),
+    "one that waits for one copy too few before a thread's part": (
+        "fp32.cuh", "copy_wait<STAGES - 2>();\n        load.arrived(stages", "copy_wait<STAGES - 1>();\n        load.arrived(stages", "tf32", "causal"),
     "the columns of P in another order than V's rows": (
         "fp32_tf32.cuh", "b += 4 * (2 * lane.t * PITCH", "b += 4 * (lane.t * PITCH", "tf32", "causal"),
+    "V's rows in twos that other threads copied": (
+        "fp32_tf32_forward.cu", "PITCH, 0, 0, V>(stage", "PITCH>(stage", "tf32", "causal"),
+    "V's rows not in twos": (
+        "fp32_tf32_forward.cu", "round_in_place<BLOCK_N, true>", "round_in_place<BLOCK_N, false>", "tf32", "causal"),
+    "what a thread does to V, left out": (
+        "fp32_tf32_forward.cu", "if (STAGES > 2) ring.prepare(OfV{});", "", "tf32", "causal"),
+    "o not rescaled where a maximum grew late": (
+        "fp32_tf32_forward.cu", "acc[m][d][2 * h] *= alpha, acc", "acc", "tf32", "growing"),
+    "the sum of weights not rescaled there": (
+        "fp32_tf32_forward.cu", "l_i[m][h] *= alpha;", "", "tf32", "growing"),
+    "a maximum of a thread's own columns": (
+        "fp32_tf32_forward.cu", "most = fmaxf(most, __shfl_xor_sync(~0u, most, far));", "", "tf32", "growing"),
+    "no log of 0 told apart": (
+        "fp32_tf32_forward.cu", "none ? -INF : ", "", "tf32", "empty-rows"),
 }  # fmt: skip
 BACKWARD = {
     "half_gradients_kv.cu", "half_gradients_q.cu", "half_statistics.cu",
@@ -248,7 +265,8 @@ PARAMETERS = {
             "no wait for a copy", "no barrier before a tile is overwritten", "a barrier that some threads leave out",
             "one hidden key too many", "the diagonal from the top left", "the wrong head of K and V",
             "a hidden pair counted in dK and dV", "delta with the wrong sign", "a row that saw no key, not told apart",
-            "a float32 ring without its barrier",
+            "a float32 ring without its barrier", "V's rows in twos that other threads copied",
+            "o not rescaled where a maximum grew late", "the sum of weights not rescaled there",
         ],
     ),
     "ieee_cell": (IEEE, ["two-kernels", "one-team", "two-teams", "chosen"]),
