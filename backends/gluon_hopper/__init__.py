@@ -51,7 +51,7 @@ class GluonHopper(Backend):
         return lines
 
     def scratch_bytes(self, problem):
-        """The backward's row statistics, and float32 sums of dq unless the backward is deterministic."""
+        """The backward's row statistics and, up to head_dim 128, sums of dq in 32 bits and what scales them."""
         return 0 if problem.pass_ == "fwd" else _gradients().scratch_bytes(problem, self.capability.deterministic)
 
     def forward(self, q, k, v, spec):
@@ -64,7 +64,7 @@ class GluonHopper(Backend):
 
 
 class GluonDeterministic(GluonHopper):
-    """The same with every sum of the backward in one fixed order: bitwise reproducible, slower up to head_dim 128."""
+    """The same, bitwise reproducible: up to head_dim 128 dq is added up in fixed point, which no order of programs changes."""
 
     name = "gluon-deterministic"
     capability = dataclasses.replace(GluonHopper.capability, deterministic=True)

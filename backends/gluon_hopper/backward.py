@@ -2,9 +2,10 @@
 """The backward kernels for Hopper: FlashAttention-2 (Dao 2023), algorithm 2, warp-specialised. The pipelines are drawn
 in docs/gluon-pipeline-backward.md.
 
-Two ways to the same gradients. *Fused*: row_statistics, gradients_fused, round_dq; five products a tile, dQ summed over
-key tiles in float32 in whatever order they come. *Two-kernel*: row_statistics, gradients_kv (head_dim 256) or
-gradients_fused without dQ, gradients_q; seven products, every sum in one fixed order.
+Two ways to the same gradients. *Fused*, up to head_dim 128: row_statistics, gradients_fused, round_dq; five products a
+tile, dQ summed over key tiles in global memory in whatever order they come: in float32, or in fixed point, where order
+does not matter. *Two-kernel*, above: row_statistics, gradients_kv, gradients_q; seven products, every sum in one fixed
+order.
 
 In every kernel partition 0 is the producer, which moves tiles by TMA, and partitions 1 and 2 are consumers, which own
 64 rows, or one of two results, each. Tensors are (batch, heads, seq, head_dim); descriptors fill what lies past their
@@ -33,14 +34,14 @@ from flash2.backends.gluon_hopper.compat import (
 from flash2.backends.gluon_hopper.forward import planned_count, planned_tile
 
 # Named barriers, of which a block has 16; no kernel uses two that share an id.
-FREE = FIRST_BARRIER  # + stage, at most 4: a stage of the ring of queries (gradients_q: of keys) is free again
+FREE = FIRST_BARRIER  # + stage, at most 3: a stage of the ring of queries (gradients_q: of keys) is free again
 V_FREE = gl.constexpr(FIRST_BARRIER.value + 3)  # + stage, at most 2: a stage of the ring of values
-DQ_TAKEN = gl.constexpr(FIRST_BARRIER.value + 3)  # producer -> consumers: staging may be overwritten; and so may dS
 DS_READY = gl.constexpr(FIRST_BARRIER.value + 4)  # consumer <-> consumer: dS is in shared memory
 HANDED = gl.constexpr(FIRST_BARRIER.value + 4)  # + 2 slot + consumer: its half of dS is there for who computes dQ
 FINISHED = gl.constexpr(FIRST_BARRIER.value + 8)  # consumers -> producer: the outputs are in shared memory
 DONE = gl.constexpr(FIRST_BARRIER.value + 9)  # all who read K and V: they become the staging area of dK and dV
-STAGED = gl.constexpr(FIRST_BARRIER.value + 10)  # consumers -> producer: dQ is staged; Q, dO, statistics are free
+
+SLOTS = gl.constexpr(2)  # of K and V: the next key tile's are loaded while this one's are in use
 
 
 @gluon.jit
@@ -69,6 +70,12 @@ def pair_arrive(id):
 
 
 @gluon.jit
+def loads_stay_below():
+    """ptxas moves no load over what synchronises a warp's threads, which are together anyway."""
+    gl.inline_asm_elementwise("bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def opaque_zero():
     """A zero that LLVM cannot see: it hoists dozens of wgmma descriptors out of a loop otherwise, which spill."""
     return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
@@ -89,6 +96,14 @@ def lanes_layout(n):
     k = (n // 8).bit_length() - 1
     return gl.DistributedLinearLayout([[1], [2]] + [[128 << j] for j in range(k)], [[4], [8], [16], [32], [64]],
                                       [[128 << k], [256 << k]], [], [64 * n])  # fmt: skip
+
+
+@gluon.constexpr_function
+def pairs_layout(n):
+    """32 n pairs of values of a warp group: 8 bytes a lane, 256 contiguous bytes a warp."""
+    k = (n // 4).bit_length() - 1
+    return gl.DistributedLinearLayout([[32 << j] for j in range(k)], [[1], [2], [4], [8], [16]],
+                                      [[32 << k], [64 << k]], [], [32 * n])  # fmt: skip
 
 
 @gluon.jit
@@ -259,6 +274,18 @@ def probabilities(s, lse, start, edges, maths, KEYS_OWNED: gl.constexpr,
 
 
 @gluon.jit
+def weights(i, s, stats, edges, maths, MASK: gl.constexpr, MASKS: gl.constexpr, SHAPE: gl.constexpr,
+            LSE_FIRST: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
+    """probabilities() of step i, transposed, where a program owns keys."""
+    BM, BN, D, STAGES = SHAPE
+    if LSE_FIRST:
+        return probabilities(s, None, i * BM, edges, maths, True, MASK, MASKS, SOFTCAP)
+    else:
+        lse = stats.slice(0, BM, 0).load(gl.SliceLayout(0, acc_layout(BM)))
+        return probabilities(s, lse, i * BM, edges, maths, True, MASK, MASKS, SOFTCAP)
+
+
+@gluon.jit
 def half(tiles, slot, n, D: gl.constexpr):
     """The n-th half of the memory of tile `slot`, 128 by D, of `tiles` as one [64, D]."""
     SLOTS: gl.constexpr = tiles.shape[0] * tiles.shape[1] * tiles.shape[2] // (64 * D)
@@ -298,7 +325,7 @@ def place_of(tile, row, heads_kv, BN: gl.constexpr):
 def walk_of(tile, row, sizes, band, SHAPE: gl.constexpr, MASKS: gl.constexpr):
     """(place, walk, steps) of a key tile: where it is, which query tiles it walks over, and which of them need a mask."""
     heads_kv, group, seq_q, seq_kv = sizes
-    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
+    BM, BN, D, STAGES = SHAPE
     lo, full_lo, full_hi, hi = query_range(tile * BN, seq_q, seq_kv, band, BM, BN, MASKS)
     n = hi - lo
     # Statistics and the accumulator of dQ are padded to multiples of 128 queries.
@@ -322,25 +349,14 @@ def step_at(place, walk, i):
 def load_queries(descs, rings, step, g, SHAPE: gl.constexpr):
     """A step's Q, its statistics, and dO, into the stage of step g, which counts on from one key tile to the next."""
     q_desc, do_desc, stats_desc = descs
-    q_ring, do_ring, stats_ring, q_full, do_full = rings
+    q_ring, do_ring, stats_ring, q_full = rings
     batch, head, t, index = step
-    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
+    BM, BN, D, STAGES = SHAPE
     b = g % STAGES
-    mbarrier.expect(q_full.index(b), q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
+    mbarrier.expect(q_full.index(b), 2 * q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
     load_rows(q_desc, (batch, head), t * BM, q_full.index(b), q_ring.index(b))
     tma_load(stats_desc, [index * 2 * BM], q_full.index(b), stats_ring.index(b))
-    mbarrier.expect(do_full.index(b), do_desc.block_type.nbytes)
-    load_rows(do_desc, (batch, head), t * BM, do_full.index(b), do_ring.index(b))
-
-
-@gluon.jit
-def load_values(v_desc, kv, place, r, V_SLOTS: gl.constexpr):
-    """V of the program's r-th key tile."""
-    k_tile, v_tile, k_full, v_full, finished = kv
-    batch, head_kv, start_n = place
-    slot = r % V_SLOTS
-    mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-    load_rows(v_desc, (batch, head_kv), start_n, v_full.index(slot), v_tile.index(slot))
+    load_rows(do_desc, (batch, head), t * BM, q_full.index(b), do_ring.index(b))
 
 
 @gluon.jit
@@ -356,21 +372,21 @@ def load_ahead(
     """
     k_desc, v_desc, dk_desc, dv_desc = kv_descs
     k_tile, v_tile, k_full, v_full, finished = kv
-    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
+    BM, BN, D, STAGES = SHAPE
     g, i, r, tile, row, total, batch, head, t, index = ahead
     while (g < until) & (r < limit):
         if i > 0:
             load_queries(descs, rings, (batch, head, t, index), g, SHAPE)
         else:
-            here = place_of(tile, row, sizes[0], BN)
-            slot = r % K_SLOTS
-            tma_store_wait(0)  # dK of the tile that was here has left
+            on, of, start_n = place_of(tile, row, sizes[0], BN)
+            slot = r % SLOTS
+            tma_store_wait(0)  # dK and dV of the tile that was here have left
             mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-            load_rows(k_desc, (here[0], here[1]), here[2], k_full.index(slot), k_tile.index(slot))
+            load_rows(k_desc, (on, of), start_n, k_full.index(slot), k_tile.index(slot))
             if total > 0:
                 load_queries(descs, rings, (batch, head, t, index), g, SHAPE)
-            if V_SLOTS == 2:
-                load_values(v_desc, kv, here, r, V_SLOTS)
+            mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+            load_rows(v_desc, (on, of), start_n, v_full.index(slot), v_tile.index(slot))
         g += gl.where(total > 0, 1, 0)
         i += 1
         if i >= total:
@@ -385,88 +401,42 @@ def load_ahead(
 
 @gluon.jit
 def fused_producer(
-    descs, kv_descs, acc_desc, rings, kv, ds_ring, staging, schedule, sizes, band,
-    SHAPE: gl.constexpr, MASKS: gl.constexpr, PLANNED: gl.constexpr, DQ: gl.constexpr, DQ_LATE: gl.constexpr,
+    descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE: gl.constexpr, MASKS: gl.constexpr, PLANNED: gl.constexpr,
 ):  # fmt: skip
-    """Partition 0: loads K and V of every key tile, Q and dO and statistics of every step; adds up dQ if DQ; stores dK
-    and dV. The loads of the next key tile begin before this one is done."""
+    """Partition 0: loads K and V of every key tile, Q and dO and statistics of every step; stores dK and dV. The loads of
+    the next key tile begin before this one is done."""
     k_desc, v_desc, dk_desc, dv_desc = kv_descs
     k_tile, v_tile, k_full, v_full, finished = kv
-    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
-    R: gl.constexpr = BM * D // 2 // 32
+    BM, BN, D, STAGES = SHAPE
     count = block_count(schedule, PLANNED)
     tile, row = block_at(0, schedule, PLANNED)
     g = 0  # steps of the key tiles before
     place, walk, _steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
     batch, head, t, index = step_at(place, walk, 0)
     ahead = load_ahead(
-        (0, 0, 0, tile, row, walk[1] * walk[3], batch, head, t, index), STAGES, gl.minimum(K_SLOTS, count), count,
+        (0, 0, 0, tile, row, walk[1] * walk[3], batch, head, t, index), STAGES, gl.minimum(SLOTS, count), count,
         descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE, MASKS, PLANNED,
     )  # fmt: skip
-    if V_SLOTS == 1:
-        load_values(v_desc, kv, place, 0, V_SLOTS)
     for r in range(count):
         place, walk, _steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
         batch, head_kv, start_n = place
         total = walk[1] * walk[3]
-        limit = gl.minimum(r + K_SLOTS, count)
-        tile_next, row_next = block_at(gl.minimum(r + 1, count - 1), schedule, PLANNED)
-        next_place = place_of(tile_next, row_next, sizes[0], BN)
-        steps = total
-        if DQ:
-            if total > 0:
-                everyone_arrive(DQ_TAKEN)
-            if DQ_LATE:
-                steps = gl.where(total > 0, total + 1, 0)
-        for i in range(steps):
-            if DQ:
-                done = i
-                if DQ_LATE:
-                    done = i - 1  # the step whose dQ this is; the first is nobody's
-                _batch, _head, _t, index = step_at(place, walk, gl.maximum(done, 0))
-                everyone_sync(STAGED)
-                if done >= 0:
-                    tma_reduce_add(acc_desc, [index * 2 * R, 0], staging.index(0))
-                    tma_reduce_add(acc_desc, [index * 2 * R + R, 0], staging.index(1))
-                if not DQ_LATE:
-                    ahead = load_ahead(
-                        ahead, g + i + 1 + STAGES, limit, count, descs, kv_descs, rings, kv, schedule, sizes, band,
-                        SHAPE, MASKS, PLANNED,
-                    )  # fmt: skip
-                tma_store_wait(0)
-                if done + 1 < total:
-                    everyone_arrive(DQ_TAKEN)
-            if (DQ_LATE or not DQ) and i < total:
-                everyone_sync(FREE + (g + i) % STAGES)
-                if DQ_LATE and V_SLOTS == 1:  # noqa: SIM102  the inner condition is the program's
-                    if (i == total - 1) & (r + 1 < count):
-                        load_values(v_desc, kv, next_place, r + 1, V_SLOTS)
-                ahead = load_ahead(
-                    ahead, g + i + 1 + STAGES, limit, count, descs, kv_descs, rings, kv, schedule, sizes, band,
-                    SHAPE, MASKS, PLANNED,
-                )  # fmt: skip
+        tile, row = block_at(gl.minimum(r + 1, count - 1), schedule, PLANNED)
+        limit = gl.minimum(r + SLOTS, count)
+        for i in range(g, g + total):
+            everyone_sync(FREE + i % STAGES)
+            ahead = load_ahead(
+                ahead, i + 1 + STAGES, limit, count, descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE, MASKS, PLANNED,
+            )  # fmt: skip
         g += total
         mbarrier.wait(finished.index(r % 2), (r // 2) & 1)
         for part in gl.static_range(2):
-            if DQ_LATE:
-                store_rows(dv_desc, (batch, head_kv), start_n + part * 64, half(ds_ring, 0, part, D))
-            else:
-                store_rows(dv_desc, (batch, head_kv), start_n + part * 64, half(v_tile, r % V_SLOTS, part, D))
-            store_rows(dk_desc, (batch, head_kv), start_n + part * 64, half(k_tile, r % K_SLOTS, part, D))
-        if DQ_LATE:
-            tma_store_wait(0)  # before DQ_TAKEN says that dS may be written
-        if V_SLOTS == 1 and r + 1 < count:
-            if not DQ_LATE:
-                tma_store_wait(0)
-                load_values(v_desc, kv, next_place, r + 1, V_SLOTS)
-            elif total == 0:
-                load_values(v_desc, kv, next_place, r + 1, V_SLOTS)
-        ahead = load_ahead(  # of tiles with fewer steps than stages, or with one buffer for K
-            ahead, g + STAGES, gl.minimum(r + 1 + K_SLOTS, count), count, descs, kv_descs, rings, kv, schedule, sizes, band,
+            store_rows(dv_desc, (batch, head_kv), start_n + part * 64, half(v_tile, r % SLOTS, part, D))
+            store_rows(dk_desc, (batch, head_kv), start_n + part * 64, half(k_tile, r % SLOTS, part, D))
+        ahead = load_ahead(  # of tiles with fewer steps than stages
+            ahead, g + STAGES, gl.minimum(r + 1 + SLOTS, count), count, descs, kv_descs, rings, kv, schedule, sizes, band,
             SHAPE, MASKS, PLANNED,
         )  # fmt: skip
-        tile = tile_next
-        row = row_next
     tma_store_wait(0)
 
 
@@ -488,8 +458,8 @@ def issue_scores(
     end: one past the last step whose Q is on its way. The first of the next key tile belongs to it: the product that
     nobody looks at may not read what is being loaded.
     """
-    q_ring, do_ring, stats_ring, q_full, do_full = rings
-    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
+    q_ring, do_ring, stats_ring, q_full = rings
+    BM, BN, D, STAGES = SHAPE
     b = i % STAGES
     mbarrier.wait(q_full.index(b), (i // STAGES) & 1, pred=i < end)
     k = own_keys(CID, k_tile, slot, own[0], RESIDENT)
@@ -503,76 +473,81 @@ def issue_scores(
 
 
 @gluon.jit
-def issue_dq(CID: gl.constexpr, ds_both, k, SHAPE: gl.constexpr):
-    """Begin this consumer's half, [64, D BM / 128], of dQ = dS K."""
-    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
-    N: gl.constexpr = D * BM // 128
+def issue_dq(part, ds, k, N: gl.constexpr, SHAPE: gl.constexpr):
+    """Begin part `part`, [64, N], of a step's dQ = dS K: all of 64 queries' columns or N of them; 64 of 128 queries."""
+    BM, BN, D, STAGES = SHAPE
     no_dq = gl.zeros([64, N], gl.float32, acc_layout(N))
-    if BM == 64:  # all 64 queries, half of the head dimension
-        return warpgroup_mma(ds_both.permute((1, 0)), k.slice(CID * N, N, 1), no_dq, use_acc=False, is_async=True)
-    else:  # or 64 of 128 queries, the whole head dimension
-        return warpgroup_mma(ds_both.slice(CID * 64, 64, 1).permute((1, 0)), k, no_dq, use_acc=False, is_async=True)
+    if BM == 64:
+        return warpgroup_mma(ds.permute((1, 0)), k.slice(part * N, N, 1), no_dq, use_acc=False, is_async=True)
+    else:
+        return warpgroup_mma(ds.slice(part * 64, 64, 1).permute((1, 0)), k, no_dq, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def stage_dq(CID: gl.constexpr, dq, staging):
-    """This consumer's half of dQ to the producer, which adds it up."""
-    staging.index(CID).store(to_lanes(dq).reshape([64 * dq.shape[1] // 32, 32]))
-    fence_async_shared()
-    everyone_arrive(STAGED)
+def rows_factor(sums, index, part, N: gl.constexpr, SHAPE: gl.constexpr, FIXED: gl.constexpr):
+    """What the rows of a part of dQ are multiplied with before they are rounded to integers."""
+    acc, factors = sums
+    BM, BN, D, STAGES = SHAPE
+    if FIXED:
+        row = index * BM
+        if BM == 128:
+            row += part * 64
+        return gl.load(factors + row + gl.arange(0, 64, gl.SliceLayout(1, acc_layout(N))))
+    else:
+        return factors
 
 
 @gluon.jit
-def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, end, rings, kv, slots, own, ds_tile, staging,
+def add_dq(sums, index, part, dq, factor, SHAPE: gl.constexpr, FIXED: gl.constexpr):
+    """Add part `part` of the dQ of query tile `index` to the sums in global memory: straight from registers, in the order
+    in which threads hold it.
+
+    Fixed point: two neighbours in the halves of a 64-bit integer, so that one addition is two.
+    """
+    acc, factors = sums
+    BM, BN, D, STAGES = SHAPE
+    N: gl.constexpr = dq.shape[1]
+    at = (index * (BM * D // (64 * N)) + part).to(gl.int64)
+    if FIXED:
+        x = gl.inline_asm_elementwise(
+            "cvt.rni.s32.f32 $0, $1;", "=r,f", [dq * factor[:, None]], dtype=gl.int32, is_pure=True, pack=1)  # fmt: skip
+        low, high = x.reshape([4, 2, 8, N // 8, 4, 2]).permute((0, 3, 1, 2, 4, 5)).split()
+        both = ((high.to(gl.int64) << 32) + low.to(gl.int64)).reshape([32 * N])
+        both = gl.convert_layout(both, pairs_layout(N), assert_trivial=True)
+        places = gl.arange(0, 32 * N, pairs_layout(N))
+        gl.atomic_add(acc + at * (32 * N) + places, both, sem="relaxed")
+    else:
+        places = gl.arange(0, 64 * N, lanes_layout(N))
+        gl.atomic_add(acc + at * (64 * N) + places, to_lanes(dq * factor), sem="relaxed")
+
+
+@gluon.jit
+def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, s, dk, dv, end, rings, kv, slot, own, ds_tile, sums,
                edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
-    """One query tile: dv += p^T dO, dk += ds^T Q, and dQ's part, this step's or the last one's, to the staging buffer.
+    """One query tile, the index-th of all heads': dv += p^T dO, dk += ds^T Q, and half of dQ to the sums, if not APART.
 
     s holds the scores of this step. Returns those of the next, and dk, dv.
     """
-    q_ring, do_ring, stats_ring, q_full, do_full = rings
+    q_ring, do_ring, stats_ring, q_full = rings
     k_tile, v_tile, k_full, v_full, finished = kv
-    k_slot, v_slot = slots
-    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
-    DQ, APART, DQ_LATE, EARLY, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP = HOW
+    BM, BN, D, STAGES = SHAPE
+    APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED = HOW
     ds_ring, ds_free = ds_tile
     COLUMNS: gl.constexpr = gl.SliceLayout(0, acc_layout(BM))
+    N: gl.constexpr = D * BM // 128
     dtype: gl.constexpr = q_ring.dtype
     b = i % STAGES
+    c = i % 2
     q = q_ring.index(b)
     do = do_ring.index(b)
     stats = stats_ring.index(b)
-    zero = opaque_zero()
-    v = own_keys(CID, v_tile, v_slot, own[1], RESIDENT)
-    if DQ_LATE:  # the last step's, beside this softmax; the first step's is of nothing, and the producer drops it
-        late = (i + 1) % 2
-        pair_sync(HANDED + 2 * late + 1 - CID)
-        dq_token = issue_dq(CID, ds_ring.index(late), k_tile.index(zero + k_slot), SHAPE)
+    v = own_keys(CID, v_tile, slot, own[1], RESIDENT)
     zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
-    mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
-    if not DQ_LATE:
-        # dP's accumulator begins with -delta, which then needs no registers of its own beside p and dP
-        less, _ = gl.broadcast(stats.slice(BM, BM, 0).load(COLUMNS)[None, :], zeros)
-        dp_token = warpgroup_mma(v, do.permute((1, 0)), less, is_async=True)
-    if EARLY:  # waits for nothing: it keeps ptxas from spreading the wgmmas over the softmax, as it moves
-        if LSE_FIRST:  # nothing over a branch
-            mbarrier.wait(q_full.index(b), (i // STAGES) & 1)
-        else:  # no load over a wait
-            s = warpgroup_mma_wait(1, deps=[s])
-    if LSE_FIRST:
-        p, slope = probabilities(s, None, i * BM, edges, maths, True, MASK, MASKS, SOFTCAP)
-    else:
-        lse = stats.slice(0, BM, 0).load(COLUMNS)
-        p, slope = probabilities(s, lse, i * BM, edges, maths, True, MASK, MASKS, SOFTCAP)
-    if DQ_LATE:
-        # dV's issue also keeps the exponentials above the wait for dQ, where ptxas would not leave them.
-        dv_token = warpgroup_mma(a_operand(p, D, dtype), do, dv, is_async=True)
-        dq = warpgroup_mma_wait(1, deps=[dq_token])
-        everyone_sync(DQ_TAKEN)
-        stage_dq(CID, dq, staging)
-        less, _ = gl.broadcast(stats.slice(BM, BM, 0).load(COLUMNS)[None, :], zeros)
-        dp_token = warpgroup_mma(v, do.permute((1, 0)), less, is_async=True)
-        dv, dp = warpgroup_mma_wait(0, deps=[dv_token, dp_token])
-    elif DV_LATE:  # neither p nor ds is in flight, in 16 bits, while both are there in 32
+    # dP's accumulator begins with -delta, which then needs no registers of its own beside p and dP
+    less, _ = gl.broadcast(stats.slice(BM, BM, 0).load(COLUMNS)[None, :], zeros)
+    dp_token = warpgroup_mma(v, do.permute((1, 0)), less, is_async=True)
+    p, slope = weights(i, s, stats, edges, maths, MASK, MASKS, SHAPE, LSE_FIRST, SOFTCAP)
+    if DV_LATE:  # neither p nor ds is in flight, in 16 bits, while both are there in 32
         dp = warpgroup_mma_wait(0, deps=[dp_token])
     else:
         dv_token = warpgroup_mma(a_operand(p, D, dtype), do, dv, is_async=True)
@@ -582,65 +557,200 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, s, dk, dv, end, rings, 
         dv_token = warpgroup_mma(a_operand(p, D, dtype), do, dv, is_async=True)
     ds_operand = gl.convert_layout(ds, gl.DotOperandLayout(0, acc_layout(D), 2))
     dk_token = warpgroup_mma(ds_operand, q, dk, is_async=True)
-    if DQ and not DQ_LATE:
-        ds_both = ds_ring.index(zero)
-        everyone_sync(DQ_TAKEN)
-        ds_both.slice(CID * 64, 64, 0).store(ds)
-        fence_async_shared()
-        consumers_sync(DS_READY)
-        dq_token = issue_dq(CID, ds_both, k_tile.index(zero + k_slot), SHAPE)
-        # before the next scores begin: two 16-bit A operands in flight are too many registers
-        dv, dk = warpgroup_mma_wait(1, deps=[dv_token, dk_token])
-        s_token = issue_scores(CID, i + 1, end, rings, k_tile, k_slot, own, SHAPE, LSE_FIRST, RESIDENT)
-        dq = warpgroup_mma_wait(1, deps=[dq_token])
-        stage_dq(CID, dq, staging)
-    else:
-        if APART or DQ_LATE:
-            slot = i % 2
-            if APART:  # else DQ_TAKEN has said that the product of what was there is done
-                mbarrier.wait(ds_free.index(slot), ((i // 2) & 1) ^ 1)
-            ds_ring.index(slot).slice(CID * 64, 64, 0).store(ds)
-            fence_async_shared()
-            pair_arrive(HANDED + 2 * slot + CID)
-        if not DQ_LATE:
-            dv = warpgroup_mma_wait(1, deps=[dv_token])
-        s_token = issue_scores(CID, i + 1, end, rings, k_tile, k_slot, own, SHAPE, LSE_FIRST, RESIDENT)
+    if APART:
+        mbarrier.wait(ds_free.index(c), ((i // 2) & 1) ^ 1)
+    # Else the other consumer has used what was here: that of two steps ago, before it said that the last one's is there.
+    ds_ring.index(c).slice(CID * 64, 64, 0).store(ds)
+    fence_async_shared()
+    if APART:
+        pair_arrive(HANDED + 2 * c + CID)
+        dv = warpgroup_mma_wait(1, deps=[dv_token])
+        s_token = issue_scores(CID, i + 1, end, rings, k_tile, slot, own, SHAPE, LSE_FIRST, RESIDENT)
         dk = warpgroup_mma_wait(1, deps=[dk_token])
         everyone_arrive(FREE + b)
+    else:
+        factor = rows_factor(sums, index, CID, N, SHAPE, FIXED)
+        consumers_sync(DS_READY)
+        dq_token = issue_dq(CID, ds_ring.index(c), k_tile.index(opaque_zero() + slot), N, SHAPE)
+        # before the next scores begin: two 16-bit A operands in flight are too many registers
+        dv, dk = warpgroup_mma_wait(1, deps=[dv_token, dk_token])
+        everyone_arrive(FREE + b)
+        s_token = issue_scores(CID, i + 1, end, rings, k_tile, slot, own, SHAPE, LSE_FIRST, RESIDENT)
+        dq = warpgroup_mma_wait(1, deps=[dq_token])
+        add_dq(sums, index, CID, dq, factor, SHAPE, FIXED)
     s = warpgroup_mma_wait(0, deps=[s_token])  # one in flight over the loop's back edge is serialised by ptxas (C7514)
     return s, dk, dv
 
 
 @gluon.jit
-def fused_walk(CID: gl.constexpr, first, s, dk, dv, end, steps, rings, kv, slots, own, ds_tile, staging,
+def fused_walk(CID: gl.constexpr, first, base, s, dk, dv, end, steps, rings, kv, slot, own, ds_tile, sums,
                edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
     """One head, from step `first` on: `steps` end the masked tiles, the ones without a mask, and again masked ones."""
     full_lo, full_hi, hi = steps
     LEFT, RIGHT, TAIL = MASKS
     if RIGHT or TAIL:
         for i in range(first, first + full_lo):
-            s, dk, dv = fused_step(CID, True, i, s, dk, dv, end, rings, kv, slots, own, ds_tile, staging,
+            s, dk, dv = fused_step(CID, True, i, base + i, s, dk, dv, end, rings, kv, slot, own, ds_tile, sums,
                                    edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     for i in range(first + full_lo, first + full_hi):
-        s, dk, dv = fused_step(CID, False, i, s, dk, dv, end, rings, kv, slots, own, ds_tile, staging,
+        s, dk, dv = fused_step(CID, False, i, base + i, s, dk, dv, end, rings, kv, slot, own, ds_tile, sums,
                                edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     if LEFT:
         for i in range(first + full_hi, first + hi):
-            s, dk, dv = fused_step(CID, True, i, s, dk, dv, end, rings, kv, slots, own, ds_tile, staging,
+            s, dk, dv = fused_step(CID, True, i, base + i, s, dk, dv, end, rings, kv, slot, own, ds_tile, sums,
                                    edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     return s, dk, dv
 
 
+# ---- fused, dQ a step late: the loop turns where nothing is in flight, between dP and dS
+
+
 @gluon.jit
-def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, schedule, sizes, band, maths, scale,
+def late_start(
+    CID: gl.constexpr,
+    i,
+    dv,
+    rings,
+    kv,
+    slot,
+    own,
+    edges,
+    maths,
+    MASKS: gl.constexpr,
+    SHAPE: gl.constexpr,
+    HOW: gl.constexpr,
+):
+    """The first half of a key tile's first step: (p, dP, dv)."""
+    q_ring, do_ring, stats_ring, q_full = rings
+    k_tile, v_tile, k_full, v_full, finished = kv
+    BM, BN, D, STAGES = SHAPE
+    APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED = HOW
+    LEFT, RIGHT, TAIL = MASKS
+    b = i % STAGES
+    s = warpgroup_mma_wait(0, deps=[issue_scores(CID, i, i + 1, rings, k_tile, slot, own, SHAPE, LSE_FIRST, RESIDENT)])
+    p, slope = weights(i, s, stats_ring.index(b), edges, maths, LEFT or RIGHT or TAIL, MASKS, SHAPE, LSE_FIRST, SOFTCAP)
+    dv_token = warpgroup_mma(a_operand(p, D, q_ring.dtype), do_ring.index(b), dv, is_async=True)
+    dv, dp = warpgroup_mma_wait(0, deps=[dv_token, issue_dp(CID, b, rings, v_tile, slot, own, SHAPE, RESIDENT)])
+    return slope, dp, dv
+
+
+@gluon.jit
+def issue_dp(CID: gl.constexpr, b, rings, v_tile, slot, own, SHAPE: gl.constexpr, RESIDENT: gl.constexpr):
+    """Begin dP^T of the step in stage b, with -delta to begin with."""
+    q_ring, do_ring, stats_ring, q_full = rings
+    BM, BN, D, STAGES = SHAPE
+    v = own_keys(CID, v_tile, slot, own[1], RESIDENT)
+    zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
+    less, _ = gl.broadcast(stats_ring.index(b).slice(BM, BM, 0).load(gl.SliceLayout(0, acc_layout(BM)))[None, :], zeros)
+    return warpgroup_mma(v, do_ring.index(b).permute((1, 0)), less, is_async=True)
+
+
+@gluon.jit
+def hand_over(CID: gl.constexpr, i, p, dp, dk, rings, ds_ring):
+    """dS of step i into the other consumer's hands; begins dk += ds^T Q."""
+    q_ring, do_ring, stats_ring, q_full = rings
+    D: gl.constexpr = dk.shape[1]
+    ds = (p * dp).to(q_ring.dtype)
+    operand = gl.convert_layout(ds, gl.DotOperandLayout(0, acc_layout(D), 2))
+    token = warpgroup_mma(operand, q_ring.index(i % q_ring.shape[0]), dk, is_async=True)
+    # The other consumer has used what was here, that of two steps ago, before it handed over the last one's.
+    ds_ring.index(i % 2).slice(CID * 64, 64, 0).store(ds)
+    fence_async_shared()
+    pair_arrive(HANDED + 2 * (i % 2) + CID)
+    return token
+
+
+@gluon.jit
+def late_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, p, dp, dk, dv, rings, kv, slot, own, ds_ring, sums,
+              edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
+    """The second half of step i - 1, whose query tile is the index-th of all heads', and the first half of step i.
+
+    Its dQ is computed beside the softmax. Returns p and dP of step i, and dk, dv.
+    """
+    q_ring, do_ring, stats_ring, q_full = rings
+    k_tile, v_tile, k_full, v_full, finished = kv
+    BM, BN, D, STAGES = SHAPE
+    APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED = HOW
+    N: gl.constexpr = D * BM // 128
+    i += opaque_zero()  # else what is reckoned from it for the next step takes registers in this one
+    b = i % STAGES
+    c = (i + 1) % 2
+    dk_token = hand_over(CID, i - 1, p, dp, dk, rings, ds_ring)
+    factor = rows_factor(sums, index, CID, N, SHAPE, FIXED)
+    s_token = issue_scores(CID, i, i + 1, rings, k_tile, slot, own, SHAPE, LSE_FIRST, RESIDENT)
+    dk = warpgroup_mma_wait(1, deps=[dk_token])
+    everyone_arrive(FREE + (i - 1) % STAGES)
+    pair_sync(HANDED + 2 * c + 1 - CID)
+    dq_token = issue_dq(CID, ds_ring.index(c), k_tile.index(opaque_zero() + slot), N, SHAPE)
+    s = warpgroup_mma_wait(1, deps=[s_token])
+    p, slope = weights(i, s, stats_ring.index(b), edges, maths, MASK, MASKS, SHAPE, LSE_FIRST, SOFTCAP)
+    # dV's issue also keeps the exponentials above the wait for dQ, where ptxas would not leave them.
+    dv_token = warpgroup_mma(a_operand(p, D, q_ring.dtype), do_ring.index(b), dv, is_async=True)
+    dq = warpgroup_mma_wait(1, deps=[dq_token])
+    add_dq(sums, index, CID, dq, factor, SHAPE, FIXED)
+    loads_stay_below()  # -delta into dP's registers, which are dQ's: 88 to 128 bytes spill otherwise
+    dv, dp = warpgroup_mma_wait(0, deps=[dv_token, issue_dp(CID, b, rings, v_tile, slot, own, SHAPE, RESIDENT)])
+    return slope, dp, dk, dv
+
+
+@gluon.jit
+def late_end(
+    CID: gl.constexpr, i, index, p, dp, dk, rings, kv, slot, ds_ring, sums, SHAPE: gl.constexpr, HOW: gl.constexpr
+):
+    """The second half of step i, a key tile's last. Returns dk."""
+    k_tile, v_tile, k_full, v_full, finished = kv
+    BM, BN, D, STAGES = SHAPE
+    APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED = HOW
+    N: gl.constexpr = D * BM // 128
+    dk_token = hand_over(CID, i, p, dp, dk, rings, ds_ring)
+    factor = rows_factor(sums, index, CID, N, SHAPE, FIXED)
+    pair_sync(HANDED + 2 * (i % 2) + 1 - CID)
+    dq_token = issue_dq(CID, ds_ring.index(i % 2), k_tile.index(slot), N, SHAPE)
+    dk = warpgroup_mma_wait(1, deps=[dk_token])
+    everyone_arrive(FREE + i % STAGES)
+    dq = warpgroup_mma_wait(0, deps=[dq_token])
+    add_dq(sums, index, CID, dq, factor, SHAPE, FIXED)
+    return dk
+
+
+@gluon.jit
+def late_walk(CID: gl.constexpr, first, begun, base, before, p, dp, dk, dv, steps, rings, kv, slot, own, ds_ring, sums,
+              edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr, GROUPED: gl.constexpr):  # fmt: skip
+    """One head, whose step `first` has begun if `begun` is 1; `before` is the query tile of the step before it."""
+    full_lo, full_hi, hi = steps
+    LEFT, RIGHT, TAIL = MASKS
+    if RIGHT or TAIL:
+        for i in range(first + begun, first + full_lo):
+            index = base + i - 1
+            if GROUPED:
+                index = gl.where(i == first, before, index)
+            p, dp, dk, dv = late_step(CID, True, i, index, p, dp, dk, dv, rings, kv, slot, own, ds_ring, sums,
+                                      edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
+    for i in range(first + gl.maximum(begun, full_lo), first + full_hi):
+        index = base + i - 1
+        if GROUPED:
+            index = gl.where(i == first, before, index)
+        p, dp, dk, dv = late_step(CID, False, i, index, p, dp, dk, dv, rings, kv, slot, own, ds_ring, sums,
+                                  edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
+    if LEFT:
+        for i in range(first + gl.maximum(begun, full_hi), first + hi):
+            index = base + i - 1
+            if GROUPED:
+                index = gl.where(i == first, before, index)
+            p, dp, dk, dv = late_step(CID, True, i, index, p, dp, dk, dv, rings, kv, slot, own, ds_ring, sums,
+                                      edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
+    return p, dp, dk, dv
+
+
+@gluon.jit
+def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, sums, schedule, sizes, band, maths, scale,
                    SHAPE: gl.constexpr, MASKS: gl.constexpr, PLANNED: gl.constexpr, HOW: gl.constexpr,
                    GROUPED: gl.constexpr):  # fmt: skip
     """Partitions 1 and 2: dK and dV of 64 keys of every key tile, in registers from its first step to its last."""
     k_tile, v_tile, k_full, v_full, finished = kv
     heads_kv, group, seq_q, seq_kv = sizes
-    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
-    DQ, APART, DQ_LATE, EARLY, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP = HOW
-    ds_ring, ds_free = ds_tile
+    BM, BN, D, STAGES = SHAPE
+    APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED = HOW
     dtype: gl.constexpr = k_tile.dtype
     count = block_count(schedule, PLANNED)
     tile, row = block_at(0, schedule, PLANNED)
@@ -650,55 +760,60 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, schedule, siz
         place, walk, steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
         n = steps[2]
         total = n * group if GROUPED else n
-        end = g + total
-        if K_SLOTS == 2:
-            _place, next_walk, _steps = walk_of(tile_next, row_next, sizes, band, SHAPE, MASKS)
-            end += gl.where((r + 1 < count) & (next_walk[1] > 0), 1, 0)
-        k_slot = r % K_SLOTS
-        v_slot = r % V_SLOTS
-        slots = (k_slot, v_slot)
+        slot = r % SLOTS
         dk = gl.zeros([64, D], gl.float32, acc_layout(D))
         dv = gl.zeros([64, D], gl.float32, acc_layout(D))
         own = (k_tile, v_tile)
-        mbarrier.wait(k_full.index(k_slot), (r // K_SLOTS) & 1)
-        if RESIDENT:
-            own = (k_tile.index(k_slot).slice(CID * 64, 64, 0).load(gl.DotOperandLayout(0, acc_layout(BM), 2)), v_tile)
-        s = warpgroup_mma_wait(
-            0, deps=[issue_scores(CID, g, end, rings, k_tile, k_slot, own, SHAPE, LSE_FIRST, RESIDENT)])  # fmt: skip
-        if DQ_LATE:  # noqa: SIM102  the inner condition is the program's
-            if total > 0:
-                pair_arrive(HANDED + 2 * ((g + 1) % 2) + CID)
-        mbarrier.wait(v_full.index(v_slot), (r // V_SLOTS) & 1)
-        if RESIDENT:
-            own = (own[0], v_tile.index(v_slot).slice(CID * 64, 64, 0).load(gl.DotOperandLayout(0, acc_layout(BM), 2)))
+        mbarrier.wait(k_full.index(slot), (r // SLOTS) & 1)
         edges = edges_before(edges_of(walk[0] * BM, tile * BN + CID * 64, (seq_q, seq_kv), band), g * BM)
-        if GROUPED:
-            for member in range(group):
-                first = member * n
-                s, dk, dv = fused_walk(CID, g + first, s, dk, dv, end, steps, rings, kv, slots, own, ds_tile, staging,
-                                       edges_before(edges, first * BM), maths, MASKS, SHAPE, HOW)  # fmt: skip
-        else:
-            s, dk, dv = fused_walk(CID, g, s, dk, dv, end, steps, rings, kv, slots, own, ds_tile, staging,
-                                   edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
-        g += total
-        if DQ_LATE:  # noqa: SIM102  the inner condition is the program's
+        _batch, _head, _t, index = step_at(place, walk, 0)
+        base = index - g  # + i: the number of step i's query tile among all heads'
+        if RESIDENT:
+            own = (k_tile.index(slot).slice(CID * 64, 64, 0).load(gl.DotOperandLayout(0, acc_layout(BM), 2)), v_tile)
+        if DQ_LATE:
+            mbarrier.wait(v_full.index(slot), (r // SLOTS) & 1)
             if total > 0:
-                last = (g - 1) % 2
-                pair_sync(HANDED + 2 * last + 1 - CID)
-                dq_token = issue_dq(CID, ds_ring.index(last), k_tile.index(k_slot), SHAPE)
-                dq = warpgroup_mma_wait(0, deps=[dq_token])
-                everyone_sync(DQ_TAKEN)
-                stage_dq(CID, dq, staging)
+                p, dp, dv = late_start(CID, g, dv, rings, kv, slot, own, edges, maths, MASKS, SHAPE, HOW)
+                before = base + g + n - 1
+                p, dp, dk, dv = late_walk(CID, g, 1, base, before, p, dp, dk, dv, steps, rings, kv, slot, own, ds_tile[0], sums,
+                                          edges, maths, MASKS, SHAPE, HOW, False)  # fmt: skip
+                if GROUPED:
+                    for member in range(1, group):
+                        first = member * n
+                        base += walk[2] - n
+                        p, dp, dk, dv = late_walk(
+                            CID, g + first, 0, base, before, p, dp, dk, dv, steps, rings, kv, slot, own, ds_tile[0], sums,
+                            edges_before(edges, first * BM), maths, MASKS, SHAPE, HOW, True)  # fmt: skip
+                        before = base + g + first + n - 1
+                dk = late_end(CID, g + total - 1, before, p, dp, dk, rings, kv, slot, ds_tile[0], sums, SHAPE, HOW)
+        else:
+            _place, next_walk, _steps = walk_of(tile_next, row_next, sizes, band, SHAPE, MASKS)
+            end = g + total + gl.where((r + 1 < count) & (next_walk[1] > 0), 1, 0)
+            s = warpgroup_mma_wait(
+                0, deps=[issue_scores(CID, g, end, rings, k_tile, slot, own, SHAPE, LSE_FIRST, RESIDENT)])  # fmt: skip
+            mbarrier.wait(v_full.index(slot), (r // SLOTS) & 1)
+            if RESIDENT:
+                own = (
+                    own[0],
+                    v_tile.index(slot).slice(CID * 64, 64, 0).load(gl.DotOperandLayout(0, acc_layout(BM), 2)),
+                )
+            if GROUPED:
+                for member in range(group):
+                    first = member * n
+                    s, dk, dv = fused_walk(CID, g + first, base, s, dk, dv, end, steps, rings, kv, slot, own, ds_tile, sums,
+                                           edges_before(edges, first * BM), maths, MASKS, SHAPE, HOW)  # fmt: skip
+                    base += walk[2] - n
+            else:
+                s, dk, dv = fused_walk(CID, g, base, s, dk, dv, end, steps, rings, kv, slot, own, ds_tile, sums,
+                                       edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
+        g += total
         if APART:
             if total > 0:
                 everyone_sync(DONE)
         else:
             consumers_sync(DONE)
-        if DQ_LATE:  # by way of dS's slots, which nobody reads any more: V's may have been loaded again
-            half(ds_ring, 0, CID, D).store(dv.to(dtype))
-        else:
-            half(v_tile, v_slot, CID, D).store(dv.to(dtype))
-        half(k_tile, k_slot, CID, D).store((dk * scale).to(dtype))
+        half(v_tile, slot, CID, D).store(dv.to(dtype))
+        half(k_tile, slot, CID, D).store((dk * scale).to(dtype))
         fence_async_shared()
         group_barrier()
         mbarrier.arrive(finished.index(r % 2))
@@ -707,13 +822,13 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, staging, schedule, siz
 
 
 @gluon.jit
-def dq_group(acc_desc, kv, ds_tile, staging, schedule, sizes, band,
-             SHAPE: gl.constexpr, MASKS: gl.constexpr, PLANNED: gl.constexpr):  # fmt: skip
-    """Partition 3, if dQ has a group of its own: dQ of every step, in parts of 64 x 64, added to the accumulator."""
+def dq_group(acc_desc, kv, ds_tile, sums, staging, schedule, sizes, band,
+             SHAPE: gl.constexpr, MASKS: gl.constexpr, PLANNED: gl.constexpr, FIXED: gl.constexpr):  # fmt: skip
+    """Partition 3, if dQ has a group of its own: dQ of every step, in parts of 64 x 64. TMA's additions, by way of shared
+    memory, are the faster ones for who has the time."""
     k_tile, v_tile, k_full, v_full, finished = kv
     ds_ring, ds_free = ds_tile
-    BM, BN, D, STAGES, K_SLOTS, V_SLOTS = SHAPE
-    R: gl.constexpr = 64 * 64 // 32
+    BM, BN, D, STAGES = SHAPE
     PARTS: gl.constexpr = BM * D // (64 * 64)
     count = block_count(schedule, PLANNED)
     tile, row = block_at(0, schedule, PLANNED)
@@ -721,34 +836,30 @@ def dq_group(acc_desc, kv, ds_tile, staging, schedule, sizes, band,
     for r in range(count):
         tile_next, row_next = block_at(gl.minimum(r + 1, count - 1), schedule, PLANNED)
         place, walk, _steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
-        k_slot = r % K_SLOTS
-        mbarrier.wait(k_full.index(k_slot), (r // K_SLOTS) & 1)
+        slot = r % SLOTS
+        mbarrier.wait(k_full.index(slot), (r // SLOTS) & 1)
         total = walk[1] * walk[3]
         for step in range(total):
             _batch, _head, _t, index = step_at(place, walk, step)
-            slot = i & 1
-            pair_sync(HANDED + 2 * slot)
-            pair_sync(HANDED + 2 * slot + 1)
-            ds = ds_ring.index(slot)
+            c = i & 1
+            pair_sync(HANDED + 2 * c)
+            pair_sync(HANDED + 2 * c + 1)
             for part in gl.static_range(PARTS):
-                no_dq = gl.zeros([64, 64], gl.float32, acc_layout(64))
-                k = k_tile.index(opaque_zero() + k_slot)
-                if BM == 64:
-                    token = warpgroup_mma(
-                        ds.permute((1, 0)), k.slice(part * 64, 64, 1), no_dq, use_acc=False, is_async=True)  # fmt: skip
-                else:
-                    token = warpgroup_mma(
-                        ds.slice(part * 64, 64, 1).permute((1, 0)), k, no_dq, use_acc=False, is_async=True)  # fmt: skip
+                factor = rows_factor(sums, index, part, 64, SHAPE, FIXED)
+                token = issue_dq(part, ds_ring.index(c), k_tile.index(opaque_zero() + slot), 64, SHAPE)
                 dq = warpgroup_mma_wait(0, deps=[token])
                 if part == PARTS - 1:
-                    mbarrier.arrive(ds_free.index(slot))
-                buffer = staging.index(slot if PARTS == 1 else part)
-                tma_store_wait(1)  # what was in this buffer has left it
-                group_barrier()
-                buffer.store(to_lanes(dq).reshape([R, 32]))
-                fence_async_shared()
-                group_barrier()
-                tma_reduce_add(acc_desc, [(index * PARTS + part) * R, 0], buffer)
+                    mbarrier.arrive(ds_free.index(c))
+                if FIXED:
+                    add_dq(sums, index, part, dq, factor, SHAPE, FIXED)
+                else:
+                    buffer = staging.index(c if PARTS == 1 else part)
+                    tma_store_wait(1)  # what was in this buffer has left it
+                    group_barrier()
+                    buffer.store(to_lanes(dq * factor).reshape([128, 32]))
+                    fence_async_shared()
+                    group_barrier()
+                    tma_reduce_add(acc_desc, [(index * PARTS + part) * 128, 0], buffer)
             i += 1
         if total > 0:
             everyone_arrive(DONE)
@@ -768,68 +879,65 @@ def program_tile(pid, tiles, rows, together):
 
 @gluon.jit(do_not_specialize=["rows", "heads_kv", "group", "seq_q", "seq_kv", "left", "right", "together", "rounds"])
 def gluon_gradients_fused(
-    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, stats_desc, acc_desc, table,
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, stats_desc, acc_desc, acc, factors, table,
     rows, heads_kv, group, seq_q, seq_kv, left, right, together, factor, cap, scale, rounds,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, GROUPED: gl.constexpr, SOFTCAP: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
-    DQ: gl.constexpr, APART: gl.constexpr, DQ_LATE: gl.constexpr, PLANNED: gl.constexpr, EARLY: gl.constexpr, LSE_FIRST: gl.constexpr, DV_LATE: gl.constexpr, RESIDENT: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, FIXED: gl.constexpr,
+    APART: gl.constexpr, DQ_LATE: gl.constexpr, PLANNED: gl.constexpr, LSE_FIRST: gl.constexpr, DV_LATE: gl.constexpr, RESIDENT: gl.constexpr,
 ):  # fmt: skip
-    """dv = sum p^T dO and dk = sum ds^T Q of key tiles of 128, all query heads that share them; with DQ, dQ += ds K.
+    """dv = sum p^T dO, dk = sum ds^T Q of key tiles of 128, all query heads that share them, and dQ += ds K.
 
-    dQ goes to acc_desc in float32, a tile after the other, each in the order in which threads hold it. With APART a
-    group of its own computes it. Persistent: a program owns one key tile after the other, as table says if PLANNED.
+    dQ goes to acc, a tile after the other, each in the order in which threads hold it: in float32, or, with FIXED, each
+    row times its factor, as 32-bit integers. With APART a group of its own computes it. Persistent: a program owns one
+    key tile after the other, as table says if PLANNED.
     """
     dtype: gl.constexpr = q_desc.dtype
     L: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    T: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     B: gl.constexpr = mbarrier.MBarrierLayout()
     q_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, D], L)
     do_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, D], L)
-    k_tile = gl.allocate_shared_memory(dtype, [K_SLOTS, BN, D], L)
-    v_tile = gl.allocate_shared_memory(dtype, [V_SLOTS, BN, D], L)
+    k_tile = gl.allocate_shared_memory(dtype, [SLOTS, BN, D], L)
+    v_tile = gl.allocate_shared_memory(dtype, [SLOTS, BN, D], L)
     stats_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BM], stats_desc.layout)
-    ds_ring = gl.allocate_shared_memory(dtype, [2 if APART or DQ_LATE else 1, BN if DQ else 8, BM], L)
-    staging = gl.allocate_shared_memory(gl.float32, [2, acc_desc.block_type.shape[0], 32], acc_desc.layout)
+    ds_ring = gl.allocate_shared_memory(dtype, [2, BN, BM], L)
+    staging = gl.allocate_shared_memory(gl.float32, [2, 128 if APART and not FIXED else 8, 32], T)
     ds_free = gl.allocate_shared_memory(gl.int64, [2, 1], B)
-    k_full = gl.allocate_shared_memory(gl.int64, [K_SLOTS, 1], B)
-    v_full = gl.allocate_shared_memory(gl.int64, [V_SLOTS, 1], B)
+    k_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], B)
+    v_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], B)
     finished = gl.allocate_shared_memory(gl.int64, [2, 1], B)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    for slot in gl.static_range(K_SLOTS):
-        mbarrier.init(k_full.index(slot), count=1)
-    for slot in gl.static_range(V_SLOTS):
-        mbarrier.init(v_full.index(slot), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(q_full.index(stage), count=1)
-        mbarrier.init(do_full.index(stage), count=1)
     for slot in gl.static_range(2):
+        mbarrier.init(k_full.index(slot), count=1)
+        mbarrier.init(v_full.index(slot), count=1)
         mbarrier.init(ds_free.index(slot), count=1)
         mbarrier.init(finished.index(slot), count=2)
     fence_async_shared()
 
     band = (left, right)
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
-    SHAPE: gl.constexpr = (BM, BN, D, STAGES, K_SLOTS, V_SLOTS)
-    HOW: gl.constexpr = (
-        DQ and not APART, APART, DQ_LATE, EARLY, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP,
-    )  # fmt: skip
+    SHAPE: gl.constexpr = (BM, BN, D, STAGES)
+    HOW: gl.constexpr = (APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED)
     schedule = (table, rounds, gl.cdiv(seq_kv, BN), rows, together)
     sizes = (heads_kv, group, seq_q, seq_kv)
-    rings = (q_ring, do_ring, stats_ring, q_full, do_full)
+    rings = (q_ring, do_ring, stats_ring, q_full)
     kv = (k_tile, v_tile, k_full, v_full, finished)
     ds_tile = (ds_ring, ds_free)
+    sums = (acc, factors if FIXED else scale)
     if APART:
         gl.warp_specialize([
-            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), acc_desc, rings, kv, ds_ring, staging, schedule, sizes, band, SHAPE, MASKS, PLANNED, DQ and not APART, DQ_LATE)),
-            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, staging, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
-            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, staging, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
-            (dq_group, (acc_desc, kv, ds_tile, staging, schedule, sizes, band, SHAPE, MASKS, PLANNED)),
+            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), rings, kv, schedule, sizes, band, SHAPE, MASKS, PLANNED)),
+            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
+            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
+            (dq_group, (acc_desc, kv, ds_tile, sums, staging, schedule, sizes, band, SHAPE, MASKS, PLANNED, FIXED)),
         ], [4, 4, 4], [208, 208, 72])  # fmt: skip
     else:
         gl.warp_specialize([
-            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), acc_desc, rings, kv, ds_ring, staging, schedule, sizes, band, SHAPE, MASKS, PLANNED, DQ and not APART, DQ_LATE)),
-            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, staging, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
-            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, staging, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
+            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), rings, kv, schedule, sizes, band, SHAPE, MASKS, PLANNED)),
+            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
+            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
         ], [4, 4], [240, 240])  # fmt: skip
 
 
@@ -871,17 +979,8 @@ def q_producer(descs, q_tiles, rings, place, walk, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def own_rows(CID: gl.constexpr, tile, registers, RESIDENT: gl.constexpr):
-    """A consumer's rows of Q or dO as an A operand."""
-    if RESIDENT:
-        return registers
-    else:
-        return tile.index(opaque_zero() + CID)
-
-
-@gluon.jit
-def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, own, q_tiles, lse_tile, rings,
-           edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, SOFTCAP: gl.constexpr, RESIDENT: gl.constexpr):  # fmt: skip
+def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, q_tiles, lse_tile, rings,
+           edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
     """One key tile: dq += ds K. Returns the scores of the next step, and dq."""
     q_tile, do_tile, q_full = q_tiles
     k_ring, v_ring, k_full, v_full = rings
@@ -892,7 +991,7 @@ def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, own, q_
     b = i % K_STAGES
     c = i % V_STAGES
     mbarrier.wait(v_full.index(c), (i // V_STAGES) & 1)
-    do = own_rows(CID, do_tile, own[1], RESIDENT)
+    do = do_tile.index(opaque_zero() + CID)
     dp_token = warpgroup_mma(do, v_ring.index(c).permute((1, 0)), zeros, use_acc=False, is_async=True)
     # Waits for nothing; with the load behind it, it keeps dP's wgmmas in front of the softmax: ptxas moves arithmetic
     # over a wait, but no load.
@@ -907,7 +1006,7 @@ def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, own, q_
         everyone_arrive(V_FREE + c)  # an mbarrier's arrival here makes ptxas pull the wait over the exponentials
     ds = a_operand(slope * (dp + delta[:, None]), D, dtype)
     dq_token = warpgroup_mma(ds, k_ring.index(b), dq, is_async=True)
-    q = own_rows(CID, q_tile, own[0], RESIDENT)
+    q = q_tile.index(opaque_zero() + CID)
     s_token = warpgroup_mma(q, k_ring.index(b2).permute((1, 0)), zeros, use_acc=False, is_async=True)
     dq = warpgroup_mma_wait(1, deps=[dq_token])
     if i + K_STAGES < n:
@@ -918,8 +1017,7 @@ def q_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, n, s, dq, delta, own, q_
 
 @gluon.jit
 def q_consumer(CID: gl.constexpr, stats, q_tiles, lse_tile, rings, start_m, tiles, stats_row,
-               lengths, band, maths, scale, MASKS: gl.constexpr, SHAPE: gl.constexpr, BM: gl.constexpr, SOFTCAP: gl.constexpr,
-               LSE_FIRST: gl.constexpr, RESIDENT: gl.constexpr):  # fmt: skip
+               lengths, band, maths, scale, MASKS: gl.constexpr, SHAPE: gl.constexpr, BM: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
     """Partitions 1 and 2: dQ of 64 queries each."""
     q_tile, do_tile, q_full = q_tiles
     k_ring, v_ring, k_full, v_full = rings
@@ -936,32 +1034,24 @@ def q_consumer(CID: gl.constexpr, stats, q_tiles, lse_tile, rings, start_m, tile
     # Rows of 64 queries lie in one tile of BM statistics, lse first, -delta behind; past the last tile there is none.
     rows = gl.arange(0, 64, gl.SliceLayout(1, L))
     at = stats + stats_row.to(gl.int64) * 2 + start_mine // BM * (2 * BM) + start_mine % BM
-    lse = gl.load(at + rows)
-    if LSE_FIRST:
-        lse = lse * -maths[0]
-    lse_tile.index(CID).store(lse)
+    lse_tile.index(CID).store(gl.load(at + rows))
     delta = gl.load(at + BM + rows)
     mbarrier.wait(q_full.index(0), 0)
-    own = (q_tile, do_tile)
-    if RESIDENT:
-        own = (q_tile.index(CID).load(gl.DotOperandLayout(0, L, 2)), do_tile)
     mbarrier.wait(k_full.index(0), 0, pred=n > 0)
     s = warpgroup_mma_wait(0, deps=[warpgroup_mma(
-        own_rows(CID, q_tile, own[0], RESIDENT), k_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)])  # fmt: skip
+        q_tile.index(opaque_zero() + CID), k_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)])  # fmt: skip
     mbarrier.wait(q_full.index(1), 0, pred=n > 0)
-    if RESIDENT:
-        own = (own[0], do_tile.index(CID).load(gl.DotOperandLayout(0, L, 2)))
     if LEFT:
         for t in range(lo, full_lo):
-            s, dq = q_step(CID, True, t - lo, t, n, s, dq, delta, own, q_tiles, lse_tile, rings,
-                           edges, maths, MASKS, SHAPE, SOFTCAP, RESIDENT)  # fmt: skip
+            s, dq = q_step(CID, True, t - lo, t, n, s, dq, delta, q_tiles, lse_tile, rings,
+                           edges, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
     for t in range(full_lo, full_hi):
-        s, dq = q_step(CID, False, t - lo, t, n, s, dq, delta, own, q_tiles, lse_tile, rings,
-                       edges, maths, MASKS, SHAPE, SOFTCAP, RESIDENT)  # fmt: skip
+        s, dq = q_step(CID, False, t - lo, t, n, s, dq, delta, q_tiles, lse_tile, rings,
+                       edges, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
     if RIGHT or TAIL:
         for t in range(full_hi, hi):
-            s, dq = q_step(CID, True, t - lo, t, n, s, dq, delta, own, q_tiles, lse_tile, rings,
-                           edges, maths, MASKS, SHAPE, SOFTCAP, RESIDENT)  # fmt: skip
+            s, dq = q_step(CID, True, t - lo, t, n, s, dq, delta, q_tiles, lse_tile, rings,
+                           edges, maths, MASKS, SHAPE, SOFTCAP)  # fmt: skip
     q_tile.index(CID).store((dq * scale).to(dtype))  # only this consumer reads it
     fence_async_shared()
     everyone_arrive(FINISHED)
@@ -973,7 +1063,6 @@ def gluon_gradients_q(
     rows, heads, group, seq_q, seq_kv, left, right, together, factor, cap, scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, SOFTCAP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    LSE_FIRST: gl.constexpr, RESIDENT: gl.constexpr,
 ):  # fmt: skip
     """dq = sum ds K of 128 queries of one head; BM is the tile of the statistics."""
     dtype: gl.constexpr = q_desc.dtype
@@ -1008,8 +1097,8 @@ def gluon_gradients_q(
     stats_row = row * gl.cdiv(seq_q, 128) * 128
     gl.warp_specialize([
         (q_producer, ((q_desc, do_desc, k_desc, v_desc, dq_desc), q_tiles, rings, place, (tiles[0], tiles[3] - tiles[0]), SHAPE)),
-        (q_consumer, (gl.constexpr(0), stats, q_tiles, lse_tile, rings, tile * 128, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP, LSE_FIRST, RESIDENT)),
-        (q_consumer, (gl.constexpr(1), stats, q_tiles, lse_tile, rings, tile * 128, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP, LSE_FIRST, RESIDENT)),
+        (q_consumer, (gl.constexpr(0), stats, q_tiles, lse_tile, rings, tile * 128, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP)),
+        (q_consumer, (gl.constexpr(1), stats, q_tiles, lse_tile, rings, tile * 128, tiles, stats_row, (seq_q, seq_kv), band, (factor, cap), scale, MASKS, SHAPE, BM, SOFTCAP)),
     ], [4, 4], [240, 240])  # fmt: skip
 
 
@@ -1224,15 +1313,66 @@ def gluon_gradients_kv(
 # ---- before and after
 
 
-@triton.jit(do_not_specialize=["heads", "seq_q", "rows_padded", "head_dim"])
+@triton.jit
+def norms(x):
+    """An upper bound, rarely more than the length, of each row's length; NaN and Inf stay what they are."""
+    squares = tl.sum(x * x, 1)
+    sums = tl.sum(tl.abs(x), 1)  # no less, but it neither overflows nor vanishes where squares do
+    return tl.where(squares > 2.0**-60, tl.minimum(tl.sqrt(squares), sums), sums)
+
+
+@triton.jit
+def largest(x):
+    """The largest of numbers that are not negative; NaN counts as larger than all."""
+    return tl.max(x.to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["heads_kv", "seq_kv", "head_dim", "share"])
+def gluon_largest(
+    k, v, out, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, heads_kv, seq_kv, head_dim, share,
+    CHUNKS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """(CHUNKS, 2) for each head of keys: the largest |k| and the largest length of a v, of `share` rows each."""
+    pid = tl.program_id(0)
+    pair = pid // CHUNKS
+    batch = (pair // heads_kv).to(tl.int64)
+    head = (pair % heads_kv).to(tl.int64)
+    begin = pid % CHUNKS * share
+    end = tl.minimum(begin + share, seq_kv)
+    cols = tl.arange(0, D)
+    most_k = tl.zeros([ROWS], tl.float32)
+    most_v = tl.zeros([ROWS], tl.float32)
+    for first in range(begin, end, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        there = (rows[:, None] < end) & (cols[None, :] < head_dim)
+        at = rows.to(tl.int64)[:, None]
+        k_tile = tl.load(
+            k + batch * stride_kb + head * stride_kh + at * stride_kn + cols[None, :], mask=there, other=0.0
+        )
+        v_tile = tl.load(
+            v + batch * stride_vb + head * stride_vh + at * stride_vn + cols[None, :], mask=there, other=0.0
+        )
+        size = tl.abs(k_tile.to(tl.float32)).to(tl.int32, bitcast=True)  # as integers: a NaN is not lost
+        most_k = tl.maximum(most_k.to(tl.int32, bitcast=True), tl.max(size, 1)).to(tl.float32, bitcast=True)
+        length = norms(v_tile.to(tl.float32)).to(tl.int32, bitcast=True)
+        most_v = tl.maximum(most_v.to(tl.int32, bitcast=True), length).to(tl.float32, bitcast=True)
+    tl.store(out + 2 * pid, largest(most_k))
+    tl.store(out + 2 * pid + 1, largest(most_v))
+
+
+@triton.jit(do_not_specialize=["heads", "group", "seq_q", "rows_padded", "head_dim"])
 def gluon_row_statistics(
-    o, do, lse, stats, acc,
-    stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, heads, seq_q, rows_padded, head_dim, factor,
-    EVEN: tl.constexpr, ZERO: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    o, do, lse, stats, acc, factors, most,
+    stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, heads, group, seq_q, rows_padded, head_dim, factor,
+    EVEN: tl.constexpr, ZERO: tl.constexpr, FIXED: tl.constexpr, CHUNKS: tl.constexpr,
+    BM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Per tile of BM queries: factor * lse, then -delta = -rowsum(o dO). Zeroes these rows of dQ's accumulator.
 
     factor is log2(e), or what makes of lse a value that s can begin with. lse is +inf where there is no row and where a row saw no key: exp2(s - lse) is 0 there, without a mask.
+
+    FIXED: also what a row of dQ / scale is multiplied with to be a 32-bit integer. It is a sum of ds k, and
+    |ds| = p |dO (v - o)| <= 2 p |dO| max |v|, so that none of its parts exceeds 2 |dO| max |v| max |k|.
     """
     pid = tl.num_programs(0) - 1 - tl.program_id(0)  # the next kernel begins with what is written last, in the L2 cache
     blocks = rows_padded // ROWS
@@ -1245,33 +1385,41 @@ def gluon_row_statistics(
     g_at = do + batch * stride_gb + head * stride_gh + rows.to(tl.int64)[:, None] * stride_gm + cols[None, :]
     lse_at = lse + head_row.to(tl.int64) * seq_q + rows
     if EVEN:
-        dots = tl.sum(tl.load(o_at).to(tl.float32) * tl.load(g_at).to(tl.float32), 1)
+        o_tile = tl.load(o_at).to(tl.float32)
+        g_tile = tl.load(g_at).to(tl.float32)
         lse_row = tl.load(lse_at)
     else:
         there = (rows[:, None] < seq_q) & (cols[None, :] < head_dim)
         o_tile = tl.load(o_at, mask=there, other=0.0).to(tl.float32)
         g_tile = tl.load(g_at, mask=there, other=0.0).to(tl.float32)
-        dots = tl.sum(o_tile * g_tile, 1)
         lse_row = tl.load(lse_at, mask=rows < seq_q, other=-float("inf"))
     lse_row = tl.where(lse_row == -float("inf"), float("inf"), lse_row) * factor
     out = stats + head_row.to(tl.int64) * rows_padded * 2 + rows // BM * (2 * BM) + rows % BM
     tl.store(out, lse_row)
-    tl.store(out + BM, -dots)
+    tl.store(out + BM, -tl.sum(o_tile * g_tile, 1))
+    if FIXED:
+        found = most + 2 * CHUNKS * (head_row // group).to(tl.int64) + 2 * tl.arange(0, CHUNKS)
+        bits = 29.0 - tl.log2(largest(tl.load(found))) - tl.log2(largest(tl.load(found + 1))) - tl.log2(norms(g_tile))
+        bits = tl.where(bits > 100.0, 100.0, tl.floor(bits))  # where dO, K or V is zero, dQ is; NaN stays
+        tl.store(factors + head_row.to(tl.int64) * rows_padded + rows, tl.exp2(bits))
     if ZERO:
-        tl.store(acc + pid.to(tl.int64) * (ROWS * D) + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
+        if FIXED:
+            tl.store(
+                acc + pid.to(tl.int64) * (ROWS * D // 2) + tl.arange(0, ROWS * D // 2),
+                tl.zeros([ROWS * D // 2], tl.int64),
+            )
+        else:
+            tl.store(acc + pid.to(tl.int64) * (ROWS * D) + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
 
 
 @triton.jit(do_not_specialize=["heads", "seq_q", "tiles", "head_dim"])
 def gluon_round_dq(
-    dq, acc, stride_b, stride_h, stride_m, heads, seq_q, tiles, head_dim, scale,
-    EVEN: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    dq, acc, factors, stride_b, stride_h, stride_m, heads, seq_q, tiles, head_dim, scale,
+    EVEN: tl.constexpr, FIXED: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One part, 64 x N, of one query tile of dQ: from the order in which threads held it to rows, scaled, rounded."""
     pid = tl.num_programs(0) - 1 - tl.program_id(0)  # what was added up last may still lie in the L2 cache
     PARTS: tl.constexpr = BM * D // (64 * N)
-    x = tl.load(acc + pid.to(tl.int64) * (64 * N) + tl.arange(0, 64 * N))
-    x = x.reshape(4, N // 8, 8, 4, 2, 2).permute(0, 4, 2, 1, 3, 5).reshape(64, N)
-    x = (x * scale).to(dq.dtype.element_ty)
     head_row = pid // (PARTS * tiles)
     tile = pid // PARTS % tiles
     if BM == 64:
@@ -1282,6 +1430,17 @@ def gluon_round_dq(
         col = 0
     rows = row + tl.arange(0, 64)
     cols = col + tl.arange(0, N)
+    if FIXED:
+        both = tl.load(acc + pid.to(tl.int64) * (32 * N) + tl.arange(0, 32 * N))
+        low = both.to(tl.int32)
+        high = ((both - low) >> 32).to(tl.int32)
+        x = tl.join(low, high).reshape(4, N // 8, 2, 8, 4, 2).permute(0, 2, 3, 1, 4, 5).reshape(64, N)
+        factor = tl.load(factors + head_row.to(tl.int64) * (tiles * BM) + rows)
+        x = x.to(tl.float32) * (scale / factor)[:, None]  # a factor of 0 or NaN: a row that Inf or NaN is in
+    else:
+        x = tl.load(acc + pid.to(tl.int64) * (64 * N) + tl.arange(0, 64 * N))
+        x = x.reshape(4, N // 8, 8, 4, 2, 2).permute(0, 4, 2, 1, 3, 5).reshape(64, N) * scale
+    x = x.to(dq.dtype.element_ty)
     batch = (head_row // heads).to(tl.int64)
     head = (head_row % heads).to(tl.int64)
     at = dq + batch * stride_b + head * stride_h + rows.to(tl.int64)[:, None] * stride_m + cols[None, :]

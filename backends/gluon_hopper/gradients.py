@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import torch
@@ -17,61 +18,66 @@ from flash2.core.problem import Problem
 TILE = 128  # queries: statistics and the accumulator of dQ are padded to whole ones
 TOGETHER = 16  # heads whose tiles take turns where tiles are uneven
 PER_TILE = 3.0  # what a key tile costs beside its steps, in steps
-SHARED = 227 << 10  # bytes of shared memory a block may have
+CHUNKS = 32  # programs that look for the largest of a head's keys and values
 L2_SHARE = 40 << 20  # of 50 MB: bytes of Q, dO and dQ's accumulator in use at a time
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """How the gradients are computed. Fused: five products, dQ added up in float32; else two kernels and seven products.
+    """How the gradients are computed. Fused: five products, dQ added up in global memory; else two kernels and seven.
 
-    block_m, stages: queries a tile, and tiles in flight, of the kernel that owns keys. early: dP is issued wholly
-    before the softmax. lse_first: the accumulator of S begins with -lse. dv_late: dV's product begins behind dS.
-    Fused: apart: dQ is computed by a third group; dq_late: a step later, beside the softmax.
-    block_n, k_stages, v_stages: keys a tile, and tiles in flight, of the kernel that owns queries. resident_q:
-    Q and dO are register operands there; resident_kv: K and V, in the kernel that owns keys. together: how many
+    block_m, stages: queries a tile, and tiles in flight, of the kernel that owns keys. lse_first: the accumulator of S begins with -lse. dv_late: dV's product begins behind dS.
+    Fused: fixed: dQ is added up in fixed point, the same in any order; apart: dQ is computed by a third group;
+    dq_late: a step later, beside the softmax; resident_kv: K and V are register operands.
+    block_n, k_stages, v_stages: keys a tile, and tiles in flight, of the kernel that owns queries. together: how many
     heads' tiles take turns in the grid; 0: 1, or a few where a causal mask makes tiles uneven.
     """
 
     fused: bool
     block_m: int
     stages: int = 2
-    early: bool = False
     lse_first: bool = False
     dv_late: bool = False
+    fixed: bool = False
     apart: bool = False
     dq_late: bool = False
+    resident_kv: bool = False
     block_n: int = 64
     k_stages: int = 2
     v_stages: int = 2
-    resident_q: bool = False
-    resident_kv: bool = False
     together: int = 0
 
+    @property
+    def deterministic(self) -> bool:
+        """Are the results the same bit for bit, whatever the order in which programs run?"""
+        return self.fixed or not self.fused
+
     def __str__(self) -> str:
-        resident = f"{' Q and dO resident' * self.resident_q}{' K and V resident' * self.resident_kv}"
-        first = " lse first" * self.lse_first
-        if self.fused:
-            how = f"{self.block_m}x128 s{self.stages}{' early' * self.early}{first}{' dV late' * self.dv_late}{' dQ apart' * self.apart}{' dQ late' * self.dq_late}"
-            return f"fused, {how}{resident}, dQ by float32 atomics: not deterministic"
-        return f"two kernels, tiles of {self.block_m} queries and {self.block_n} keys{first}{resident}: deterministic"
+        if not self.fused:
+            return f"two kernels, tiles of {self.block_m} queries and {self.block_n} keys: deterministic"
+        how = [f"{self.block_m}x128 s{self.stages}"]
+        names = {
+            "lse_first": "lse first",
+            "dv_late": "dV late",
+            "apart": "dQ apart",
+            "dq_late": "dQ late",
+        }
+        how += [name for field, name in names.items() if getattr(self, field)]
+        how += ["K and V resident"] * self.resident_kv
+        sums = "fixed point: deterministic" if self.fixed else "float32 atomics: not deterministic"
+        return f"fused, {' '.join(how)}, dQ by {sums}"
 
 
-def choose(block_d: int, softcap: bool, deterministic: bool, causal: bool = False) -> Config:
+def choose(block_d: int, softcap: bool, deterministic: bool) -> Config:
     """The configuration for a head_dim padded to block_d. A softcap's slope takes registers: its tiles are smaller."""
     if block_d == 256:  # dK, dV and dQ of one tile do not fit together: the deterministic way is the fast one
         return Config(fused=False, block_m=64, block_n=32 if softcap else 64, v_stages=1)
-    if block_d == 128:
-        if deterministic:
-            return Config(fused=False, block_m=64, stages=3, early=True)
-        late = not softcap
-        return Config(fused=True, block_m=64, lse_first=late, early=late, dq_late=late)
-    if deterministic:
-        block_m = 64 if softcap else 128
-        return Config(fused=False, block_m=block_m, early=True, block_n=block_m, lse_first=not causal)
+    fused = functools.partial(Config, fused=True, fixed=deterministic, block_m=64)
     if softcap:
-        return Config(fused=True, block_m=64)
-    return Config(fused=True, block_m=64, stages=3, lse_first=True, apart=True, resident_kv=True, dv_late=True)
+        return fused()
+    if block_d == 128:
+        return fused(lse_first=True, dq_late=True)
+    return fused(stages=3, lse_first=True, apart=True, resident_kv=True, dv_late=True)
 
 
 def differentiate(
@@ -81,7 +87,8 @@ def differentiate(
     """(dq, dk, dv) of q, k, v (batch, heads, seq, head_dim), fp16 or bf16, any strides; lse float32, natural log.
 
     What TMA cannot describe (a stride of 0 or of no multiple of 16 bytes, an unaligned address) is copied first. With
-    `deterministic` every sum has one fixed order; head_dim above 128 has no other way. `config` overrules the choice.
+    `deterministic` the results are bitwise reproducible; head_dim above 128 has no other way. `config` overrules the
+    choice.
     """
     do, q, k, v, lse = readable(do), readable(q), readable(k), readable(v), lse.contiguous()
     o = o if o.stride(3) == 1 or o.shape[3] == 1 else o.contiguous()
@@ -93,37 +100,66 @@ def differentiate(
     plan = launch._plans.get(call_key)
     if plan is None:
         plan = remember(call_key, plan_backward(do, q, k, v, o, dq, dk, dv, spec, deterministic, config))
-    stats = torch.empty(plan.stats_size, dtype=torch.float32, device=q.device)
-    acc = stats.view(-1, 32)
-    if plan.fused:
-        acc = torch.empty((plan.stats_size * plan.width // 64, 32), dtype=torch.float32, device=q.device)
-    for step, arguments in plan.steps(do, q, k, v, o, lse, dq, dk, dv, stats, acc):
+    for step, arguments in plan.steps(do, q, k, v, o, lse, dq, dk, dv, plan.scratch(q.device)):
         step(*arguments)
     return dq, dk, dv
+
+
+class Scratch(NamedTuple):
+    """float32 but for acc: row statistics, dQ's accumulator; for fixed point row factors and the largest keys and values.
+
+    What a kernel does not use is any tensor.
+    """
+
+    stats: torch.Tensor
+    acc: torch.Tensor
+    factors: torch.Tensor
+    largest: torch.Tensor
 
 
 class Plan(NamedTuple):
     """The launches of one backward, in their order."""
 
-    fused: bool
+    how: Config
     width: int  # the head_dim that the kernels compute with
-    stats_size: int  # float32: two numbers a query, padded
+    rows: int  # of queries, of all heads, padded
+    pairs: int  # heads of keys
     table: torch.Tensor | None  # the order of the key tiles
+    maxima: Launch | None
     statistics: Launch
     kv: Launch
     q: Launch
 
-    def steps(self, do, q, k, v, o, lse, dq, dk, dv, stats, acc) -> tuple:
-        """(launch, its tensors) in their order; acc is dQ's accumulator, or anything if not fused."""
+    def scratch(self, device: torch.device) -> Scratch:
+        """Memory that one backward needs beside its results."""
+        stats = torch.empty(2 * self.rows, dtype=torch.float32, device=device)
+        if not self.how.fused:
+            return Scratch(stats, stats, stats, stats)
+        rows = self.rows + TILE  # behind the last one goes what is added for nothing
+        if not self.how.fixed:
+            return Scratch(stats, torch.empty(rows * self.width, dtype=torch.float32, device=device), stats, stats)
+        acc = torch.empty(rows * self.width // 2, dtype=torch.int64, device=device)
+        factors = torch.empty(rows + 2 * CHUNKS * self.pairs, dtype=torch.float32, device=device)
+        return Scratch(stats, acc, factors, factors[rows:])
+
+    def steps(self, do, q, k, v, o, lse, dq, dk, dv, scratch: Scratch) -> list[tuple[Launch, tuple]]:
+        """(launch, its tensors) in their order."""
+        stats, acc, factors, largest = scratch
         owned_keys = (q, k, v, do, dk, dv, stats)
-        return (
-            (self.statistics, (o, do, lse, stats, acc)),
-            (
-                self.kv,
-                owned_keys if self.width == 256 else (*owned_keys, acc, stats if self.table is None else self.table),
-            ),
-            (self.q, (dq, acc) if self.fused else (q, k, v, do, dq, stats)),
-        )
+        if self.how.fused:
+            owned_keys += (
+                acc if self.how.fixed else acc.view(-1, 32),
+                acc,
+                factors,
+                stats if self.table is None else self.table,
+            )
+        found = [(self.maxima, (k, v, largest))] if self.maxima else []
+        return [
+            *found,
+            (self.statistics, (o, do, lse, stats, acc, factors, largest)),
+            (self.kv, owned_keys),
+            (self.q, (dq, acc, factors) if self.how.fused else (q, k, v, do, dq, stats)),
+        ]
 
 
 def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, config: Config | None = None) -> Plan:
@@ -134,7 +170,7 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     left, right = spec.band
     LEFT = left is not None and left < seq_kv - 1  # else it hides nothing
     RIGHT = right is not None and right < seq_q - 1
-    how = config or choose(d, spec.softcap != 0, deterministic, RIGHT)
+    how = config or choose(d, spec.softcap != 0, deterministic)
     factor, cap = spec.scale * LOG2E, 0.0
     if spec.softcap:
         factor, cap = 2 * spec.scale * LOG2E / spec.softcap, spec.softcap * LOG2E
@@ -143,74 +179,64 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     padded = -(-seq_q // TILE) * TILE
     rows = batch * heads
     m = how.block_m
-    columns = 64 if how.apart else d * m // 128  # of the parts, of 64 rows, in which dQ is added up
     even = seq_q == padded and head_dim == d
     together = how.together
     if not together:
         together = heads_together(group * seq_q * d * (8 if how.fused else 4), RIGHT and not LEFT)
     tiles, pairs = -(-seq_kv // 128), batch * heads_kv
-    programs = min(tiles * pairs, launch.multiprocessors(q.device))
-    table, rounds = None, 0
-    if d != 256:
+    sizes = (group, seq_q, seq_kv, left if LEFT else 0, right if RIGHT else 0, together, factor, cap, spec.scale)
+    features = {"LEFT": LEFT, "RIGHT": RIGHT, "SOFTCAP": spec.softcap != 0}
+
+    maxima, table = None, None
+    if how.fixed:
+        maxima = Launch(
+            backward.gluon_largest, (pairs * CHUNKS,), (None,) * 3,
+            (*k.stride()[:3], *v.stride()[:3], heads_kv, seq_kv, head_dim, -(-seq_kv // CHUNKS)),
+            {"CHUNKS": CHUNKS, "D": d, "ROWS": 4096 // d},
+        )  # fmt: skip
+    per_program = 4096 // d
+    statistics = Launch(
+        backward.gluon_row_statistics, (rows * (padded // per_program),), (None,) * 7,
+        (*o.stride()[:3], *do.stride()[:3], heads, group, seq_q, padded, head_dim,
+         -1.0 / spec.scale if lse_first else LOG2E),
+        {"EVEN": even, "ZERO": how.fused, "FIXED": how.fixed, "CHUNKS": CHUNKS, "BM": m, "D": d, "ROWS": per_program},
+    )  # fmt: skip
+    # Of the kernels at head_dim 64 with grouped heads, ptxas 12.8 spills 48 bytes in this one: not with a tail, which
+    # costs one comparison in masked tiles.
+    tail = seq_kv % (128 if how.fused else 64) != 0 or (d == 64 and group > 1 and RIGHT)
+    constants = dict(features, D=d, TAIL=tail, GROUPED=group > 1, STAGES=how.stages)
+    if how.fused:
+        programs = min(tiles * pairs, launch.multiprocessors(q.device))
         work = [
             steps(128 * j, m, seq_q, seq_kv, left if LEFT else None, right if RIGHT else None) for j in range(tiles)
         ]
         table, rounds = launch.planned([group * n + PER_TILE for n in work], pairs, programs, together, q.device)
-    sizes = (group, seq_q, seq_kv, left if LEFT else 0, right if RIGHT else 0, together, factor, cap, spec.scale)
-    features = {"LEFT": LEFT, "RIGHT": RIGHT, "SOFTCAP": spec.softcap != 0}
-
-    per_program = 4096 // d
-    statistics = Launch(
-        backward.gluon_row_statistics, (rows * (padded // per_program),), (None,) * 5,
-        (*o.stride()[:3], *do.stride()[:3], heads, seq_q, padded, head_dim,
-         -1.0 / spec.scale if lse_first else LOG2E),
-        {"EVEN": even, "ZERO": how.fused, "BM": m, "D": d, "ROWS": per_program},
-    )  # fmt: skip
-    # Of the kernels at head_dim 64 with grouped heads, ptxas 12.8 spills 48 bytes in this one: not with a tail, which
-    # costs one comparison in masked tiles.
-    tail = seq_kv % (64 if d == 256 else 128) != 0 or (d == 64 and group > 1 and RIGHT)
-    constants = dict(features, D=d, TAIL=tail, GROUPED=group > 1, STAGES=how.stages)
-    if d == 256:
-        kv = Launch(
-            backward.gluon_gradients_kv, (batch * heads_kv * -(-seq_kv // 64),),
-            (*((64, d),) * 6, (2 * m,)),
-            (batch * heads_kv, heads_kv, *sizes), dict(constants, P_STAGES=2),
-        )  # fmt: skip
-    else:
         kv = Launch(
             backward.gluon_gradients_fused, (programs,),
-            ((m, d), (128, d), (128, d), (m, d), (64, d), (64, d), (2 * m,), (2 * columns if how.fused else 8, 32), None),
+            ((m, d), (128, d), (128, d), (m, d), (64, d), (64, d), (2 * m,), None if how.fixed else (128, 32), None, None, None),
             (pairs, heads_kv, *sizes, rounds),
-            dict(constants, BM=m, BN=128, **slots(how, d), DQ=how.fused, APART=how.apart, DQ_LATE=how.dq_late,
-                 PLANNED=table is not None, EARLY=how.early, LSE_FIRST=lse_first, DV_LATE=how.dv_late,
+            dict(constants, BM=m, BN=128, FIXED=how.fixed, APART=how.apart, DQ_LATE=how.dq_late,
+                 PLANNED=table is not None, LSE_FIRST=lse_first, DV_LATE=how.dv_late,
                  RESIDENT=how.resident_kv),
         )  # fmt: skip
-    if how.fused:
+        columns = 64 if how.apart else d * m // 128  # of the parts, of 64 rows, in which dQ is added up
         gradients_q = Launch(
-            backward.gluon_round_dq, (rows * padded * d // (64 * columns),), (None, None),
-            (*dq.stride()[:3], heads, seq_q, padded // m, head_dim, spec.scale),
-            {"EVEN": even, "BM": m, "D": d, "N": columns},
+            backward.gluon_round_dq, (rows * padded * d // (64 * columns),), (None, None, None),
+            (*dq.stride()[:3], heads, seq_q, padded // m, head_dim, spec.scale if how.fixed else 1.0),
+            {"EVEN": even, "FIXED": how.fixed, "BM": m, "D": d, "N": columns},
         )  # fmt: skip
     else:
+        kv = Launch(
+            backward.gluon_gradients_kv, (pairs * -(-seq_kv // 64),), (*((64, d),) * 6, (2 * m,)),
+            (pairs, heads_kv, *sizes), dict(constants, P_STAGES=2),
+        )  # fmt: skip
         n = how.block_n
         gradients_q = Launch(
-            backward.gluon_gradients_q, (rows * (padded // TILE),),
-            ((64, d), (n, d), (n, d), (64, d), (64, d), None),
+            backward.gluon_gradients_q, (rows * (padded // TILE),), ((64, d), (n, d), (n, d), (64, d), (64, d), None),
             (rows, heads, *sizes),
-            dict(features, TAIL=seq_kv % n != 0, D=d, BM=m, BN=n, K_STAGES=how.k_stages, V_STAGES=how.v_stages,
-                 LSE_FIRST=lse_first, RESIDENT=how.resident_q),
+            dict(features, TAIL=seq_kv % n != 0, D=d, BM=m, BN=n, K_STAGES=how.k_stages, V_STAGES=how.v_stages),
         )  # fmt: skip
-    return Plan(how.fused, d, rows * padded * 2, table, statistics, kv, gradients_q)
-
-
-def slots(how: Config, d: int) -> dict[str, int]:
-    """How many tiles of K and of V the kernel that owns keys has room for: two, if the next one's may be loaded early."""
-    parts = 2 if how.apart or how.dq_late else 1
-    used = 2 * how.stages * how.block_m * (2 * d + 4) + parts * 2 * how.block_m * (128 if how.fused else 8) + 1024
-    used += 2 * 128 * (2 * (64 if how.apart else d * how.block_m // 128) if how.fused else 8)
-    k_slots = 2 if used + 3 * 256 * d <= SHARED else 1
-    v_slots = 2 if used + 4 * 256 * d <= SHARED else 1
-    return {"K_SLOTS": k_slots, "V_SLOTS": v_slots}
+    return Plan(how, d, rows * padded, pairs, table, maxima, statistics, kv, gradients_q)
 
 
 def steps(start_n: int, m: int, seq_q: int, seq_kv: int, left: int | None, right: int | None) -> int:
@@ -245,16 +271,13 @@ def described_by(x: torch.Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
     """The descriptor that moves `tile` of x at once."""
     if x.dim() == 4:
         return launch.descriptor(x, *tile)
-    swizzle = 0 if x.dim() == 1 else 128
-    shared = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=32, rank=x.dim())
+    shared = gl.NVMMASharedLayout(swizzle_byte_width=128 if x.dim() == 2 else 0, element_bitwidth=32, rank=x.dim())
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(tile), shared)
 
 
 def chosen(problem: Problem, deterministic: bool) -> Config:
     """The configuration of a backward."""
-    right = spec_of(problem.replace(alibi=False)).band[1]
-    causal = right is not None and right < problem.seq_q - 1
-    return choose(block_d(problem.head_dim), problem.softcap != 0, deterministic, causal)
+    return choose(block_d(problem.head_dim), problem.softcap != 0, deterministic)
 
 
 def described(problem: Problem, deterministic: bool = False) -> list[str]:
@@ -263,9 +286,12 @@ def described(problem: Problem, deterministic: bool = False) -> list[str]:
 
 
 def scratch_bytes(problem: Problem, deterministic: bool = False) -> int:
-    """Device memory a backward takes beyond inputs and outputs: row statistics and, if fused, dQ's accumulator."""
+    """Device memory a backward takes beyond inputs and outputs: Scratch."""
     rows, d = problem.batch * problem.heads_q * -(-problem.seq_q // TILE) * TILE, block_d(problem.head_dim)
-    return 4 * rows * (2 + (d if chosen(problem, deterministic).fused else 0))
+    how = chosen(problem, deterministic)
+    acc = (rows + TILE) * d if how.fused else 0
+    factors = rows + TILE + 2 * CHUNKS * problem.batch * problem.heads_kv if how.fixed else 0
+    return 4 * (2 * rows + acc + factors)
 
 
 def planned(problem: Problem, deterministic: bool, config: Config | None = None) -> dict[str, tuple[Launch, tuple]]:
@@ -276,7 +302,5 @@ def planned(problem: Problem, deterministic: bool, config: Config | None = None)
         k = readable(torch.empty(problem.batch, problem.heads_kv, problem.seq_kv, problem.head_dim, dtype=dtype))
         lse = torch.empty(q.shape[:3], dtype=torch.float32)
         plan = plan_backward(q, q, k, k, q, q, k, k, spec_of(problem), deterministic, config)
-        stats = torch.empty(plan.stats_size, dtype=torch.float32)
-        acc = torch.empty((plan.stats_size * plan.width // 64, 32), dtype=torch.float32)
-    launches = plan.steps(q, q, k, k, q, lse, q, k, k, stats, acc)
-    return dict(zip(("statistics", "kv", "q"), launches, strict=True))
+        found = plan.steps(q, q, k, k, q, lse, q, k, k, plan.scratch(q.device))
+    return dict(zip(("maxima", "statistics", "kv", "q")[-len(found) :], found, strict=True))

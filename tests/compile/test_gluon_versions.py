@@ -24,9 +24,10 @@ FORWARD = {
 BACKWARD = {
     f"{kernel}-d{head_dim}-{mask}{'-deterministic' * deterministic}": (head_dim, mask, deterministic, kernel)
     for head_dim, mask, deterministic, kernel in product(
-        (64, 128, 256), ("full", "causal"), (False, True), ("statistics", "kv", "q")
+        (64, 128, 256), ("full", "causal"), (False, True), ("maxima", "statistics", "kv", "q")
     )
-    if deterministic or head_dim < 256  # the only way there
+    if (deterministic or head_dim < 256)  # the only way there
+    and (kernel != "maxima" or (deterministic and head_dim < 256))
 }
 CELLS = FORWARD | BACKWARD
 CHOICE = ["fwd-d64-full-2048", "fwd-d128-causal-512", "kv-d128-causal", "q-d256-full-deterministic"]
@@ -35,8 +36,8 @@ CHOICE = ["fwd-d64-full-2048", "fwd-d128-causal-512", "kv-d128-causal", "q-d256-
 SPILLING: dict[str, dict[str, int]] = {
     "3.7": {"kv-d64-causal": 16},
     "3.9": {
-        "kv-d64-causal": 24,
-        "kv-d64-causal-deterministic": 16,
+        "kv-d128-causal-deterministic": 120,
+        "kv-d128-full": 104,
         "q-d256-causal-deterministic": 8,
     },
 }

@@ -154,7 +154,8 @@ class Emulator(Machine):
         grid = grid(given) if callable(grid) else grid
         grid = (*grid, 1, 1)[:3]
         body = self.translate(kernel)
-        for index in range(grid[0] * grid[1] * grid[2]):
+        programs = range(grid[0] * grid[1] * grid[2])
+        for index in self.random.sample(programs, len(programs)):  # one after the other, in any order
             self.program, self.programs = (
                 (index % grid[0], index // grid[0] % grid[1], index // grid[0] // grid[1]),
                 grid,
@@ -319,7 +320,9 @@ class Language:
     arange = staticmethod(lambda start, end, layout=None: block(torch.arange(start, end)))
     convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
     set_auto_layout = staticmethod(lambda x, layout: x)
-    exp2, log2, exp, log, abs, sqrt = map(staticmethod, (torch.exp2, torch.log2, torch.exp, torch.log, abs, torch.sqrt))
+    exp2, log2, exp, log, abs, sqrt, floor = map(
+        staticmethod, (torch.exp2, torch.log2, torch.exp, torch.log, abs, torch.sqrt, torch.floor)
+    )
     broadcast = staticmethod(lambda x, y: torch.broadcast_tensors(x, y))
     expand_dims = staticmethod(lambda x, axis: x.unsqueeze(axis))
     reshape = staticmethod(lambda x, shape: x.reshape(shape))
@@ -409,7 +412,7 @@ class Language:
         self.machine.specialize(partitions, threads)
 
     def inline_asm_elementwise(self, asm, constraints, args, dtype=None, is_pure=True, pack=1):
-        """The kernels' assembly: a named barrier, an opaque zero, tanh, or red.add."""
+        """The kernels' assembly: a named barrier, an opaque zero, tanh, a rounding."""
         outputs = constraints.count("=")
         if bar := BAR.search(asm):
             operand = bar["id"]
@@ -419,7 +422,12 @@ class Language:
             return Scalar(0)
         if "tanh.approx" in asm:
             return torch.tanh(args[0])
-        if asm.startswith("mov.b32 $0, 0"):
+        if asm.startswith("cvt.rni.s32.f32"):
+            x = torch.nan_to_num(args[0].double(), nan=0.0).round()
+            if x.abs().max() > 2**30:
+                raise Hazard(f"a part of dQ is {x.abs().max().item() / 2**30:.3g} times what its row's bound allows")
+            return x.to(torch.int32)
+        if asm.startswith(("mov.b32 $0, 0", "bar.warp.sync")):
             return Scalar(0)
         if "vote.sync" in asm:  # a product that is left out where it changes nothing
             return args[0] * args[1]

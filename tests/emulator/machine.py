@@ -41,6 +41,10 @@ class Block(torch.Tensor):
         """Asked for its layout, or the dtype of its elements."""
         return types.SimpleNamespace(layout="layout", element_ty=self.dtype, scalar=self.dtype)
 
+    def to(self, dtype, bitcast=False):
+        """Converted, or the same bits."""
+        return self.view(dtype) if bitcast else super().to(dtype)
+
     def split(self):
         """The two halves of a last dimension of 2."""
         return self[..., 0], self[..., 1]

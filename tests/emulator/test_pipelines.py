@@ -155,18 +155,17 @@ VARIANTS += [
     (64, Fused(block_m=128, lse_first=True, dv_late=True)),
     (64, Fused(block_m=64, apart=True, dv_late=True, stages=3)),
     (64, Fused(block_m=128, lse_first=True, dq_late=True)),
-    (64, Fused(**KV_RESIDENT, early=True)),
+    (64, Fused(block_m=128, lse_first=True, fixed=True)),
+    (64, Fused(**KV_RESIDENT)),
     (128, Fused(block_m=64, dq_late=True)),
-    (128, Fused(block_m=64, dq_late=True, stages=3, early=True, lse_first=True)),
-    (64, gradients.Config(fused=False, block_m=128, block_n=128, lse_first=True)),
-    (128, gradients.Config(fused=False, block_m=64, stages=3, early=True, lse_first=True, resident_q=True)),
+    (128, Fused(block_m=64, lse_first=True)),
 ]
 
 
 @pytest.mark.parametrize("feature", ["rest", "causal", "groups", "scale", "everything"])
 @pytest.mark.parametrize(("head_dim", "config"), VARIANTS, ids=str)
 def test_every_variant_is_right(head_dim, config, feature):
-    pass_ = FORWARD if isinstance(config, Forward) else BACKWARD if config.fused else DETERMINISTIC
+    pass_ = FORWARD if isinstance(config, Forward) else BACKWARD
     for seed in range(2):
         run(problem_of(head_dim, "bf16", feature), pass_, seed, config, **FEATURES[feature][1])
 
@@ -188,11 +187,12 @@ class Fault:
 
 
 F128, F256 = (128, "causal", FORWARD), (256, "rest", FORWARD)
-B128, D128, D256 = (128, "causal", BACKWARD), (128, "causal", DETERMINISTIC), (256, "causal", DETERMINISTIC)
+B128, D256 = (128, "causal", BACKWARD), (256, "causal", DETERMINISTIC)
 B64 = (64, "causal", BACKWARD)
 AT_ONCE = {"block_m": 64}  # dQ in the step whose dS it is of
 APART = {"block_m": 64, "stages": 3, "lse_first": True, "apart": True}
 LATE = {"block_m": 64, "dq_late": True}
+FENCED, UNFENCED = "    fence_async_shared()\n    if APART:", "    if APART:"
 RELEASE_K = "    bar_arrive(slot + k_free(KV_SLOTS), 128 * (GROUPS + 1))\n"
 RELEASE_V = "        bar_arrive(v_slot + v_free(KV_SLOTS), THREADS)\n"
 FAULTS = [
@@ -266,91 +266,96 @@ FAULTS = [
     Fault("the groups share one buffer of Q", "forward.load_q", "q_s.index(slot * GROUPS + c)", "q_s.index(slot * GROUPS)",
           r"race|T1|nan", F128),
     # backward: fused
-    Fault("dS is overwritten while dQ is computed of it", "backward.fused_step",
-          "        everyone_sync(DQ_TAKEN)\n", "",
-          r"race: fused_consumer \d (reads|writes) ds_ring|writes ds_ring.*while a wgmma|arrives twice", B128),
+    Fault("dS is overwritten while dQ is computed of it", "backward.fused_step", "c = i % 2", "c = i % 1",
+          r"race: fused_consumer \d (reads|writes) ds_ring|writes ds_ring.*while a wgmma", B128, AT_ONCE),
     Fault("the other consumer's dS is not waited for", "backward.fused_step", "consumers_sync(DS_READY)", "pass",
           r"race: fused_consumer \d (reads|writes) ds_ring|writes ds_ring.* while a wgmma", B128, AT_ONCE),
-    Fault("dS is stored without a fence", "backward.fused_step",
-          "fence_async_shared()\n        consumers_sync(DS_READY)", "consumers_sync(DS_READY)",
+    Fault("dS is stored without a fence", "backward.fused_step", FENCED, UNFENCED,
           r"no fence: fused_consumer \d reads ds_ring", B128, AT_ONCE),
-    Fault("dQ is staged without a fence", "backward.stage_dq", "fence_async_shared()", "pass",
-          r"no fence: fused_producer reads staging", B128),
-    Fault("dQ's staging is released before it has left", "backward.fused_producer",
-          "                tma_store_wait(0)\n                if done + 1 < total:\n                    everyone_arrive(DQ_TAKEN)\n",
-          "                if done + 1 < total:\n                    everyone_arrive(DQ_TAKEN)\n                tma_store_wait(0)\n",
-          r"fused_consumer \d writes staging.*while a TMA store of fused_producer reads it|race", B128),
     Fault("the statistics' bytes are not expected", "backward.load_queries",
-          "q_desc.block_type.nbytes + stats_desc.block_type.nbytes", "q_desc.block_type.nbytes",
+          "2 * q_desc.block_type.nbytes + stats_desc.block_type.nbytes", "2 * q_desc.block_type.nbytes",
           r"deadlock|race: fused_consumer", B128),
-    Fault("dO is read before it is there", "backward.fused_step",
-          "mbarrier.wait(do_full.index(b), (i // STAGES) & 1)", "pass", r"race: .*do_ring", B64),
+    Fault("dO's bytes are not expected", "backward.load_queries",
+          "2 * q_desc.block_type.nbytes", "q_desc.block_type.nbytes", r"deadlock|race: fused_consumer", B64),
     Fault("dK is staged over a K that the other consumer reads", "backward.fused_consumer",
           "consumers_sync(DONE)", "pass", r"writes k_tile.*while a wgmma|race: .* k_tile", B128, AT_ONCE),
     Fault("dK leaves without a fence", "backward.fused_consumer",
           "        fence_async_shared()\n        group_barrier()\n        mbarrier.arrive(finished", "        group_barrier()\n        mbarrier.arrive(finished",
-          r"no fence: fused_\w+( \d)? reads ([kv]_tile|ds_ring)", B128),
+          r"no fence: fused_\w+( \d)? reads [kv]_tile", B128),
+    Fault("another head's dQ is added to", "backward.fused_consumer", "base += walk[2] - n", "pass",
+          r"T1|T2|T3", (64, "groups", BACKWARD), LATE),
     # backward: from one key tile to the next
     Fault("K is loaded over a dK that has not left", "backward.load_ahead", "tma_store_wait(0)  # dK", "pass  # dK",
-          r"a TMA load writes k_tile.*while a TMA store", B64, APART),
-    Fault("V is loaded over a dV that has not left", "backward.fused_producer",
-          "                tma_store_wait(0)\n                load_values", "                load_values",
-          r"a TMA load writes v_tile.*while a TMA store", D128),
-    Fault("dS is written over a dV that has not left", "backward.fused_producer", "tma_store_wait(0)  # before", "pass  # before",
-          r"writes ds_ring.*while a TMA store|race", B128, LATE),
-    Fault("V is loaded while dP is computed of it", "backward.fused_producer", "(i == total - 1) & (r + 1 < count)",
-          "(i == 0) & (r + 1 < count)", r"a TMA load writes v_tile|race|T1|T2|T3", B128, LATE),
-    Fault("K is loaded a tile too early", "backward.fused_producer", "limit = gl.minimum(r + K_SLOTS, count)",
-          "limit = gl.minimum(r + K_SLOTS + 1, count)", r"a TMA load writes k_tile|race|deadlock", (64, "more-keys", BACKWARD), APART),
+          r"a TMA load writes [kv]_tile.*while a TMA store", B64, APART),
+    Fault("K is loaded a tile too early", "backward.fused_producer", "limit = gl.minimum(r + SLOTS, count)",
+          "limit = gl.minimum(r + SLOTS + 1, count)", r"a TMA load writes k_tile|race|deadlock", (64, "more-keys", BACKWARD), APART),
     Fault("the product that nobody looks at reads a Q that is being loaded", "backward.fused_consumer",
-          "end += gl.where((r + 1 < count) & (next_walk[1] > 0), 1, 0)", "pass", r"q_ring|stats_ring", B64, APART),
+          "gl.where((r + 1 < count) & (next_walk[1] > 0), 1, 0)", "0", r"q_ring|stats_ring", B64, APART),
     Fault("dK and dV leave before they are there", "backward.fused_producer",
           "mbarrier.wait(finished.index(r % 2), (r // 2) & 1)", "pass", r"reads [kv]_tile|writes [kv]_tile|race", B64, APART),
     Fault("who has finished says so at the other tile's barrier", "backward.fused_consumer",
           "mbarrier.arrive(finished.index(r % 2))", "mbarrier.arrive(finished.index(0))", r"deadlock|arrival too many|race", B64, APART),
-    Fault("K's phase does not turn", "backward.fused_consumer", "(r // K_SLOTS) & 1)", "0)",
+    Fault("the phase of K and V does not turn", "backward.fused_consumer", "(r // SLOTS) & 1)", "0)",
           r"race|deadlock|T1|T2|T3", B64, APART),
     # backward: fused, dQ by a group of its own
     Fault("dS is overwritten while the group computes dQ of it", "backward.fused_step",
-          "mbarrier.wait(ds_free.index(slot), ((i // 2) & 1) ^ 1)", "pass",
+          "mbarrier.wait(ds_free.index(c), ((i // 2) & 1) ^ 1)", "pass",
           r"arrives twice|writes ds_ring.*while a wgmma|race", B64, APART),
     Fault("the group frees dS before dQ is done", "backward.dq_group",
           "                dq = warpgroup_mma_wait(0, deps=[token])\n                if part == PARTS - 1:\n"
-          "                    mbarrier.arrive(ds_free.index(slot))\n",
-          "                if part == PARTS - 1:\n                    mbarrier.arrive(ds_free.index(slot))\n"
+          "                    mbarrier.arrive(ds_free.index(c))\n",
+          "                if part == PARTS - 1:\n                    mbarrier.arrive(ds_free.index(c))\n"
           "                dq = warpgroup_mma_wait(0, deps=[token])\n",
           r"writes ds_ring.*while a wgmma|race: fused_consumer \d writes ds_ring", B64, APART),
     Fault("the group does not wait for the second half of dS", "backward.dq_group",
-          "            pair_sync(HANDED + 2 * slot + 1)\n", "", r"race: dq_group reads ds_ring|deadlock|arrives twice|race", B64, APART),
-    Fault("dS is handed over without a fence", "backward.fused_step",
-          "fence_async_shared()\n            pair_arrive", "pair_arrive", r"no fence: dq_group reads ds_ring", B64, APART),
-    Fault("the group overwrites a dQ that has not left", "backward.dq_group", "tma_store_wait(1)", "pass",
-          r"dq_group writes staging.*while a TMA store", B64, APART),
+          "            pair_sync(HANDED + 2 * c + 1)\n", "", r"race: dq_group reads ds_ring|deadlock|arrives twice|race", B64, APART),
+    Fault("dS is handed to the group without a fence", "backward.fused_step", FENCED, UNFENCED,
+          r"no fence: dq_group reads ds_ring", B64, APART),
     Fault("the group reads K when dK is in its place", "backward.fused_consumer", "everyone_sync(DONE)", "pass",
           r"writes k_tile.*while a wgmma|race: .* k_tile|deadlock", B64, APART),
     Fault("the next scores begin before their Q is there", "backward.issue_scores",
           "mbarrier.wait(q_full.index(b), (i // STAGES) & 1, pred=i < end)", "pass", r"race: .*(q_ring|stats_ring)|a TMA load writes q_ring", B64, APART),
     # backward: fused, dQ a step late
-    Fault("last step's dS is read before it is there", "backward.fused_step", "pair_sync(HANDED + 2 * late + 1 - CID)",
+    Fault("the other's dS is read before it is there", "backward.late_step", "pair_sync(HANDED + 2 * c + 1 - CID)",
           "pass", r"race: fused_consumer \d (reads|writes) ds_ring|writes ds_ring|arrives twice|deadlock", B128, LATE),
-    Fault("dS is handed over too late for its fence", "backward.fused_step",
-          "fence_async_shared()\n            pair_arrive", "pair_arrive", r"no fence: fused_consumer \d reads ds_ring", B128, LATE),
+    Fault("dS is handed over without a fence", "backward.hand_over", "    fence_async_shared()\n", "",
+          r"no fence: fused_consumer \d reads ds_ring", B128, LATE),
+    Fault("dS has one slot", "backward.hand_over", "ds_ring.index(i % 2)", "ds_ring.index(0)",
+          r"race: fused_consumer \d (reads|writes) ds_ring|writes ds_ring.*while a wgmma", B128, LATE),
     Fault("Q is loaded while dK is computed of it", "backward.fused_producer",
-          "                everyone_sync(FREE + (g + i) % STAGES)\n", "", r"a TMA load writes (q|do|stats)_ring|arrives twice|race", B128, LATE),
-    Fault("dQ of nothing is added", "backward.fused_producer", "done = i - 1", "done = i", r"T1|T2|T3|nan|deadlock", B128, LATE),
-    Fault("the last dQ is forgotten", "backward.fused_producer", "total + 1, 0)", "total, 0)", r"T1|T2|T3|deadlock|arrives twice", B128, LATE),
+          "everyone_sync(FREE + i % STAGES)", "pass", r"a TMA load writes (q|do|stats)_ring|arriv|race", B128, LATE),
+    Fault("Q is free before dK is done", "backward.late_step",
+          "    dk = warpgroup_mma_wait(1, deps=[dk_token])\n    everyone_arrive(FREE + (i - 1) % STAGES)\n",
+          "    everyone_arrive(FREE + (i - 1) % STAGES)\n    dk = warpgroup_mma_wait(1, deps=[dk_token])\n",
+          r"a TMA load writes (q|do|stats)_ring", B128, LATE),
+    Fault("one barrier frees all stages", "backward.fused_producer", "everyone_sync(FREE + i % STAGES)",
+          "everyone_sync(FREE)", r"deadlock|arrives twice", B128, LATE),
+    Fault("dO of a late step is read before it is there", "backward.issue_scores",
+          "mbarrier.wait(q_full.index(b), (i // STAGES) & 1, pred=i < end)", "pass", r"race: .*(q|do|stats)_ring", B128, LATE),
+    Fault("dQ goes to the next tile", "backward.late_walk", "index = base + i - 1", "index = base + i", r"T1|T2|T3", B128, LATE),
+    Fault("the last dQ is forgotten", "backward.late_end", "add_dq(sums, index, CID, dq, factor, SHAPE, FIXED)", "pass",
+          r"T1|T2|T3", B128, LATE),
+    Fault("a head's first step comes twice", "backward.fused_consumer", "CID, g, 1, base, before", "CID, g, 0, base, before",
+          r"T1|T2|T3|arrives twice|deadlock|arrival|asked for", B128, LATE),
+    Fault("the last head's step is forgotten", "backward.late_walk", "index = gl.where(i == first, before, index)", "pass",
+          r"T1|T2|T3", (128, "groups", BACKWARD), LATE),
+    # backward: fused, dQ in fixed point
+    Fault("rows are scaled beyond their bound", "backward.gluon_row_statistics", "bits = 29.0", "bits = 60.0",
+          r"times what its row's bound allows", (64, "full", DETERMINISTIC)),
+    Fault("another row's factor", "backward.rows_factor", "row = index * BM", "row = index * BM + 1",
+          r"T1|T2|T3|bound allows", (64, "full", DETERMINISTIC)),
+    Fault("the halves of an integer are confused", "backward.gluon_round_dq", "tl.join(low, high)", "tl.join(high, low)",
+          r"T1|T2|T3", (128, "full", DETERMINISTIC)),
     # backward: two kernels
-    Fault("one barrier frees all stages", "backward.fused_producer", "everyone_sync(FREE + (g + i) % STAGES)",
-          "everyone_sync(FREE)", r"deadlock|arrives twice", D128),
     Fault("V is released while dP is computed of it", "backward.q_step", "dp = warpgroup_mma_wait(0, deps=[dp_token])",
-          "dp = warpgroup_mma_wait(1, deps=[dp_token])", r"used before warpgroup_mma_wait", D128),
+          "dp = warpgroup_mma_wait(1, deps=[dp_token])", r"used before warpgroup_mma_wait", D256),
     Fault("the next K is read before it is there", "backward.q_step",
           "mbarrier.wait(k_full.index(b2), ((i + 1) // K_STAGES) & 1, pred=i + 1 < n)", "pass",
-          r"race: .*k_ring", D128),
+          r"race: .*k_ring", D256),
     Fault("K is released while dQ is computed of it", "backward.q_step",
           "    dq = warpgroup_mma_wait(1, deps=[dq_token])\n    if i + K_STAGES < n:\n        everyone_arrive(FREE + b)",
           "    if i + K_STAGES < n:\n        everyone_arrive(FREE + b)\n    dq = warpgroup_mma_wait(1, deps=[dq_token])",
-          r"a TMA load writes k_ring", D128),
+          r"a TMA load writes k_ring", D256),
     Fault("an mbarrier counts one arrival too few", "backward.gluon_gradients_kv",
           "mbarrier.init(q_free.index(j), count=2)", "mbarrier.init(q_free.index(j), count=1)",
           r"an arrival too many|a TMA load writes q_ring|race|deadlock", D256),

@@ -1,4 +1,4 @@
-"""What the host plans for the Gluon backward: how long each key tile takes, how many buffers fit."""
+"""What the host plans for the Gluon backward: how long each key tile takes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,3 @@ def test_steps_are_the_query_tiles_that_see_a_key(m, seq_q, seq_kv, left, right)
 
 def test_steps_of_a_causal_mask():
     assert [gradients.steps(start, 64, 512, 512, None, 0) for start in (0, 128, 256, 384)] == [8, 6, 4, 2]
-
-
-@pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("softcap", [False, True])
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_the_next_keys_have_a_buffer(d, softcap, deterministic):
-    """In every shipped configuration; V's may have to wait for shared memory."""
-    slots = gradients.slots(gradients.choose(d, softcap, deterministic), d)
-    assert slots["K_SLOTS"] == 2
-    assert slots["V_SLOTS"] == (2 if d == 64 else 1)
