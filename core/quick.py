@@ -35,12 +35,18 @@ class Encoded:
         return found
 
 
+def hollow(desc: Any) -> Any:
+    """`desc` without its tensor: a plan that lives on would keep that in memory, and out of reach of CUDA graphs' pools."""
+    desc.base = None
+    return desc
+
+
 def runner(
     compiled: Any, grid: tuple[int, int, int], device: int, shells: tuple, moved, tail: tuple
 ) -> Callable | None:
     """f(tensors), which launches `compiled` on `device`'s current stream, or None where Triton has to do that.
 
-    shells: for each tensor a TensorDescriptor of its layout, or None for a pointer; () for pointers alone.
+    shells: for each tensor a hollow TensorDescriptor of its layout, or None for a pointer; () for pointers alone.
     moved(shell, x): the descriptor for a tensor of that layout. tail: the arguments after the tensors.
     """
     import triton as _triton

@@ -70,12 +70,6 @@ def pair_arrive(id):
 
 
 @gluon.jit
-def loads_stay_below():
-    """ptxas moves no load over what synchronises a warp's threads, which are together anyway."""
-    gl.inline_asm_elementwise("bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def opaque_zero():
     """A zero that LLVM cannot see: it hoists dozens of wgmma descriptors out of a loop otherwise, which spill."""
     return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
@@ -349,14 +343,15 @@ def step_at(place, walk, i):
 def load_queries(descs, rings, step, g, SHAPE: gl.constexpr):
     """A step's Q, its statistics, and dO, into the stage of step g, which counts on from one key tile to the next."""
     q_desc, do_desc, stats_desc = descs
-    q_ring, do_ring, stats_ring, q_full = rings
+    q_ring, do_ring, stats_ring, q_full, do_full = rings
     batch, head, t, index = step
     BM, BN, D, STAGES = SHAPE
     b = g % STAGES
-    mbarrier.expect(q_full.index(b), 2 * q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
+    mbarrier.expect(q_full.index(b), q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
     load_rows(q_desc, (batch, head), t * BM, q_full.index(b), q_ring.index(b))
     tma_load(stats_desc, [index * 2 * BM], q_full.index(b), stats_ring.index(b))
-    load_rows(do_desc, (batch, head), t * BM, q_full.index(b), do_ring.index(b))
+    mbarrier.expect(do_full.index(b), do_desc.block_type.nbytes)
+    load_rows(do_desc, (batch, head), t * BM, do_full.index(b), do_ring.index(b))
 
 
 @gluon.jit
@@ -458,7 +453,7 @@ def issue_scores(
     end: one past the last step whose Q is on its way. The first of the next key tile belongs to it: the product that
     nobody looks at may not read what is being loaded.
     """
-    q_ring, do_ring, stats_ring, q_full = rings
+    q_ring, do_ring, stats_ring, q_full, do_full = rings
     BM, BN, D, STAGES = SHAPE
     b = i % STAGES
     mbarrier.wait(q_full.index(b), (i // STAGES) & 1, pred=i < end)
@@ -528,7 +523,7 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, s, dk, dv, end, 
 
     s holds the scores of this step. Returns those of the next, and dk, dv.
     """
-    q_ring, do_ring, stats_ring, q_full = rings
+    q_ring, do_ring, stats_ring, q_full, do_full = rings
     k_tile, v_tile, k_full, v_full, finished = kv
     BM, BN, D, STAGES = SHAPE
     APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED = HOW
@@ -543,6 +538,7 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, s, dk, dv, end, 
     stats = stats_ring.index(b)
     v = own_keys(CID, v_tile, slot, own[1], RESIDENT)
     zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
+    mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
     # dP's accumulator begins with -delta, which then needs no registers of its own beside p and dP
     less, _ = gl.broadcast(stats.slice(BM, BM, 0).load(COLUMNS)[None, :], zeros)
     dp_token = warpgroup_mma(v, do.permute((1, 0)), less, is_async=True)
@@ -621,13 +617,14 @@ def late_start(
     HOW: gl.constexpr,
 ):
     """The first half of a key tile's first step: (p, dP, dv)."""
-    q_ring, do_ring, stats_ring, q_full = rings
+    q_ring, do_ring, stats_ring, q_full, do_full = rings
     k_tile, v_tile, k_full, v_full, finished = kv
     BM, BN, D, STAGES = SHAPE
     APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED = HOW
     LEFT, RIGHT, TAIL = MASKS
     b = i % STAGES
     s = warpgroup_mma_wait(0, deps=[issue_scores(CID, i, i + 1, rings, k_tile, slot, own, SHAPE, LSE_FIRST, RESIDENT)])
+    mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
     p, slope = weights(i, s, stats_ring.index(b), edges, maths, LEFT or RIGHT or TAIL, MASKS, SHAPE, LSE_FIRST, SOFTCAP)
     dv_token = warpgroup_mma(a_operand(p, D, q_ring.dtype), do_ring.index(b), dv, is_async=True)
     dv, dp = warpgroup_mma_wait(0, deps=[dv_token, issue_dp(CID, b, rings, v_tile, slot, own, SHAPE, RESIDENT)])
@@ -637,7 +634,7 @@ def late_start(
 @gluon.jit
 def issue_dp(CID: gl.constexpr, b, rings, v_tile, slot, own, SHAPE: gl.constexpr, RESIDENT: gl.constexpr):
     """Begin dP^T of the step in stage b, with -delta to begin with."""
-    q_ring, do_ring, stats_ring, q_full = rings
+    q_ring, do_ring, stats_ring, q_full, do_full = rings
     BM, BN, D, STAGES = SHAPE
     v = own_keys(CID, v_tile, slot, own[1], RESIDENT)
     zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
@@ -648,15 +645,15 @@ def issue_dp(CID: gl.constexpr, b, rings, v_tile, slot, own, SHAPE: gl.constexpr
 @gluon.jit
 def hand_over(CID: gl.constexpr, i, p, dp, dk, rings, ds_ring):
     """dS of step i into the other consumer's hands; begins dk += ds^T Q."""
-    q_ring, do_ring, stats_ring, q_full = rings
+    q_ring, do_ring, stats_ring, q_full, do_full = rings
     D: gl.constexpr = dk.shape[1]
     ds = (p * dp).to(q_ring.dtype)
     operand = gl.convert_layout(ds, gl.DotOperandLayout(0, acc_layout(D), 2))
-    token = warpgroup_mma(operand, q_ring.index(i % q_ring.shape[0]), dk, is_async=True)
+    token = warpgroup_mma(operand, q_ring.index(i & (q_ring.shape[0] - 1)), dk, is_async=True)
     # The other consumer has used what was here, that of two steps ago, before it handed over the last one's.
-    ds_ring.index(i % 2).slice(CID * 64, 64, 0).store(ds)
+    ds_ring.index(i & 1).slice(CID * 64, 64, 0).store(ds)
     fence_async_shared()
-    pair_arrive(HANDED + 2 * (i % 2) + CID)
+    pair_arrive(HANDED + 2 * (i & 1) + CID)
     return token
 
 
@@ -667,28 +664,31 @@ def late_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, p, dp, dk, dv, ri
 
     Its dQ is computed beside the softmax. Returns p and dP of step i, and dk, dv.
     """
-    q_ring, do_ring, stats_ring, q_full = rings
+    q_ring, do_ring, stats_ring, q_full, do_full = rings
     k_tile, v_tile, k_full, v_full, finished = kv
     BM, BN, D, STAGES = SHAPE
     APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED = HOW
     N: gl.constexpr = D * BM // 128
+    gl.static_assert(STAGES & (STAGES - 1) == 0)  # %, of what may be negative, takes two registers too many
     i += opaque_zero()  # else what is reckoned from it for the next step takes registers in this one
-    b = i % STAGES
-    c = (i + 1) % 2
+    b = i & (STAGES - 1)
+    c = (i + 1) & 1
     dk_token = hand_over(CID, i - 1, p, dp, dk, rings, ds_ring)
     factor = rows_factor(sums, index, CID, N, SHAPE, FIXED)
     s_token = issue_scores(CID, i, i + 1, rings, k_tile, slot, own, SHAPE, LSE_FIRST, RESIDENT)
     dk = warpgroup_mma_wait(1, deps=[dk_token])
-    everyone_arrive(FREE + (i - 1) % STAGES)
+    everyone_arrive(FREE + ((i - 1) & (STAGES - 1)))
     pair_sync(HANDED + 2 * c + 1 - CID)
     dq_token = issue_dq(CID, ds_ring.index(c), k_tile.index(opaque_zero() + slot), N, SHAPE)
     s = warpgroup_mma_wait(1, deps=[s_token])
+    mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
     p, slope = weights(i, s, stats_ring.index(b), edges, maths, MASK, MASKS, SHAPE, LSE_FIRST, SOFTCAP)
     # dV's issue also keeps the exponentials above the wait for dQ, where ptxas would not leave them.
     dv_token = warpgroup_mma(a_operand(p, D, q_ring.dtype), do_ring.index(b), dv, is_async=True)
     dq = warpgroup_mma_wait(1, deps=[dq_token])
     add_dq(sums, index, CID, dq, factor, SHAPE, FIXED)
-    loads_stay_below()  # -delta into dP's registers, which are dQ's: 88 to 128 bytes spill otherwise
+    # Waits for nothing, but ptxas moves no load over it: -delta is loaded into dP's registers, which are dQ's until here.
+    mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
     dv, dp = warpgroup_mma_wait(0, deps=[dv_token, issue_dp(CID, b, rings, v_tile, slot, own, SHAPE, RESIDENT)])
     return slope, dp, dk, dv
 
@@ -907,8 +907,10 @@ def gluon_gradients_fused(
     v_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], B)
     finished = gl.allocate_shared_memory(gl.int64, [2, 1], B)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     for stage in gl.static_range(STAGES):
         mbarrier.init(q_full.index(stage), count=1)
+        mbarrier.init(do_full.index(stage), count=1)
     for slot in gl.static_range(2):
         mbarrier.init(k_full.index(slot), count=1)
         mbarrier.init(v_full.index(slot), count=1)
@@ -922,7 +924,7 @@ def gluon_gradients_fused(
     HOW: gl.constexpr = (APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED)
     schedule = (table, rounds, gl.cdiv(seq_kv, BN), rows, together)
     sizes = (heads_kv, group, seq_q, seq_kv)
-    rings = (q_ring, do_ring, stats_ring, q_full)
+    rings = (q_ring, do_ring, stats_ring, q_full, do_full)
     kv = (k_tile, v_tile, k_full, v_full, finished)
     ds_tile = (ds_ring, ds_free)
     sums = (acc, factors if FIXED else scale)

@@ -12,6 +12,7 @@ from flash2.backends.gluon_hopper import backward, launch
 from flash2.backends.gluon_hopper.compat import TensorDescriptor, gl
 from flash2.backends.gluon_hopper.configs import block_d
 from flash2.backends.gluon_hopper.launch import LOG2E, empty_like, layout, readable, remember
+from flash2.core import quick
 from flash2.core.contract import TORCH_DTYPES, Spec, spec_of
 from flash2.core.problem import Problem
 
@@ -263,7 +264,9 @@ class Launch(launch.Launch):
 
     def arguments(self, tensors: tuple) -> tuple[tuple, dict]:
         """The (positional, keyword) arguments of Triton's own dispatch."""
-        self.shells = tuple(tile and described_by(x, tile) for x, tile in zip(tensors, self.tiles, strict=True))
+        self.shells = tuple(
+            tile and quick.hollow(described_by(x, tile)) for x, tile in zip(tensors, self.tiles, strict=True)
+        )
         return (*self.described(tensors), *self.scalars), {**self.constants, "num_warps": 4}
 
 

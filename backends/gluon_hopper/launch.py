@@ -122,7 +122,9 @@ class Launch:
 
     def arguments(self, tensors: tuple) -> tuple[tuple, dict]:
         """The (positional, keyword) arguments of Triton's own dispatch."""
-        self.shells = tuple(tile and descriptor(x, *tile) for x, tile in zip(tensors, self.tiles, strict=True))
+        self.shells = tuple(
+            tile and quick.hollow(descriptor(x, *tile)) for x, tile in zip(tensors, self.tiles, strict=True)
+        )
         return (*self.described(tensors), *self.scalars), {**self.constants, **self.options}
 
     def described(self, tensors: tuple) -> tuple:

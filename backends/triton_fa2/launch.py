@@ -454,7 +454,9 @@ class Launch:
     def arguments(self, tensors: tuple) -> tuple[tuple, dict]:
         """The (positional, keyword) arguments of Triton's own dispatch."""
         if self.blocks is not None:
-            self.shells = tuple(block and descriptor(x, block) for x, block in zip(tensors, self.blocks, strict=True))
+            self.shells = tuple(
+                block and quick.hollow(descriptor(x, block)) for x, block in zip(tensors, self.blocks, strict=True)
+            )
         positional = (*self.described(tensors), *self.scalars)
         options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
         if self.config.max_regs:

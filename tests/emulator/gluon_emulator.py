@@ -427,7 +427,7 @@ class Language:
             if x.abs().max() > 2**30:
                 raise Hazard(f"a part of dQ is {x.abs().max().item() / 2**30:.3g} times what its row's bound allows")
             return x.to(torch.int32)
-        if asm.startswith(("mov.b32 $0, 0", "bar.warp.sync")):
+        if asm.startswith("mov.b32 $0, 0"):
             return Scalar(0)
         if "vote.sync" in asm:  # a product that is left out where it changes nothing
             return args[0] * args[1]

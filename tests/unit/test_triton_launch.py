@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
+from flash2.backends.gluon_hopper import gradients  # noqa: E402
+from flash2.backends.gluon_hopper import launch as gluon  # noqa: E402
 from flash2.backends.triton_fa2 import configs, launch  # noqa: E402
 from flash2.core.contract import spec_of  # noqa: E402
 from flash2.core.problem import Problem  # noqa: E402
@@ -89,3 +94,32 @@ def test_a_row_with_descriptors_has_a_partner_with_pointers(monkeypatch, broadca
     else:
         assert config == (pin if pinned else row)
         assert config.tma
+
+
+def triton_launch():
+    """A launch through a descriptor."""
+    tile = configs.TileConfig(block_m=64, block_n=64, tma=True)
+    return launch.Launch(None, (1,), tile, ((1, 1, 64, 64), None), (), {})
+
+
+def gluon_launch():
+    """The same of the Gluon kernels."""
+    return gluon.Launch(None, (1,), ((64, 64), None), (), {})
+
+
+def gluon_gradients_launch():
+    """And of their backward, which moves scratch in other shapes, too."""
+    return gradients.Launch(None, (1,), ((64, 64), (32,)), (), {})
+
+
+@pytest.mark.parametrize("made", [triton_launch, gluon_launch, gluon_gradients_launch], ids=lambda made: made.__name__)
+def test_a_planned_launch_keeps_no_tensor(made):
+    """It lives as long as the process; in a CUDA graph's pool a tensor that it held would be a leak."""
+    planned, tensors = made(), (torch.zeros(1, 2, 128, 64, dtype=torch.bfloat16), torch.zeros(128))
+    arguments = planned.arguments(tensors)
+    held = [weakref.ref(x) for x in tensors]
+    assert all(ref() is not None for ref in held)
+    del arguments, tensors
+    gc.collect()
+    assert planned.shells[0] is not None
+    assert [ref() for ref in held] == [None, None]
