@@ -714,29 +714,33 @@ def late_end(
 
 
 @gluon.jit
+def tile_before(i, first, base, before, GROUPED: gl.constexpr):
+    """The query tile of step i - 1: `before` if that was another head's, whose last one it is."""
+    index = base + i - 1
+    if GROUPED:
+        index = gl.where(i == first, before, index)
+    return index
+
+
+@gluon.jit
 def late_walk(CID: gl.constexpr, first, begun, base, before, p, dp, dk, dv, steps, rings, kv, slot, own, ds_ring, sums,
               edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr, GROUPED: gl.constexpr):  # fmt: skip
-    """One head, whose step `first` has begun if `begun` is 1; `before` is the query tile of the step before it."""
+    """One head, as fused_walk() walks it, whose step `first` has begun if `begun` is 1; `before` is the query tile of the
+    step before it."""
     full_lo, full_hi, hi = steps
     LEFT, RIGHT, TAIL = MASKS
     if RIGHT or TAIL:
         for i in range(first + begun, first + full_lo):
-            index = base + i - 1
-            if GROUPED:
-                index = gl.where(i == first, before, index)
+            index = tile_before(i, first, base, before, GROUPED)
             p, dp, dk, dv = late_step(CID, True, i, index, p, dp, dk, dv, rings, kv, slot, own, ds_ring, sums,
                                       edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     for i in range(first + gl.maximum(begun, full_lo), first + full_hi):
-        index = base + i - 1
-        if GROUPED:
-            index = gl.where(i == first, before, index)
+        index = tile_before(i, first, base, before, GROUPED)
         p, dp, dk, dv = late_step(CID, False, i, index, p, dp, dk, dv, rings, kv, slot, own, ds_ring, sums,
                                   edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     if LEFT:
         for i in range(first + gl.maximum(begun, full_hi), first + hi):
-            index = base + i - 1
-            if GROUPED:
-                index = gl.where(i == first, before, index)
+            index = tile_before(i, first, base, before, GROUPED)
             p, dp, dk, dv = late_step(CID, True, i, index, p, dp, dk, dv, rings, kv, slot, own, ds_ring, sums,
                                       edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     return p, dp, dk, dv
