@@ -480,7 +480,7 @@ def issue_dq(part, ds, k, N: gl.constexpr, SHAPE: gl.constexpr):
 
 @gluon.jit
 def rows_factor(sums, index, part, N: gl.constexpr, SHAPE: gl.constexpr, FIXED: gl.constexpr):
-    """What the rows of a part of dQ are multiplied with before they are rounded to integers."""
+    """What a part of dQ is multiplied with on its way: rows by powers of two, before they are rounded; or by the scale."""
     acc, factors = sums
     BM, BN, D, STAGES = SHAPE
     if FIXED:

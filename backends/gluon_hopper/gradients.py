@@ -12,7 +12,6 @@ from flash2.backends.gluon_hopper import backward, launch
 from flash2.backends.gluon_hopper.compat import TensorDescriptor, gl
 from flash2.backends.gluon_hopper.configs import block_d
 from flash2.backends.gluon_hopper.launch import LOG2E, empty_like, layout, readable, remember
-from flash2.core import quick
 from flash2.core.contract import TORCH_DTYPES, Spec, spec_of
 from flash2.core.problem import Problem
 
@@ -27,7 +26,8 @@ L2_SHARE = 40 << 20  # of 50 MB: bytes of Q, dO and dQ's accumulator in use at a
 class Config:
     """How the gradients are computed. Fused: five products, dQ added up in global memory; else two kernels and seven.
 
-    block_m, stages: queries a tile, and tiles in flight, of the kernel that owns keys. lse_first: the accumulator of S begins with -lse. dv_late: dV's product begins behind dS.
+    block_m, stages: queries a tile, and tiles in flight, of the kernel that owns keys. lse_first: the accumulator
+    of S begins with -lse. dv_late: dV's product begins behind dS.
     Fused: fixed: dQ is added up in fixed point, the same in any order; apart: dQ is computed by a third group;
     dq_late: a step later, beside the softmax; resident_kv: K and V are register operands.
     block_n, k_stages, v_stages: keys a tile, and tiles in flight, of the kernel that owns queries. together: how many
@@ -48,23 +48,14 @@ class Config:
     v_stages: int = 2
     together: int = 0
 
-    @property
-    def deterministic(self) -> bool:
-        """Are the results the same bit for bit, whatever the order in which programs run?"""
-        return self.fixed or not self.fused
-
     def __str__(self) -> str:
         if not self.fused:
             return f"two kernels, tiles of {self.block_m} queries and {self.block_n} keys: deterministic"
-        how = [f"{self.block_m}x128 s{self.stages}"]
         names = {
-            "lse_first": "lse first",
-            "dv_late": "dV late",
-            "apart": "dQ apart",
-            "dq_late": "dQ late",
-        }
-        how += [name for field, name in names.items() if getattr(self, field)]
-        how += ["K and V resident"] * self.resident_kv
+            "lse_first": "lse first", "dv_late": "dV late", "apart": "dQ apart", "dq_late": "dQ late",
+            "resident_kv": "K and V resident",
+        }  # fmt: skip
+        how = [f"{self.block_m}x128 s{self.stages}", *(name for field, name in names.items() if getattr(self, field))]
         sums = "fixed point: deterministic" if self.fixed else "float32 atomics: not deterministic"
         return f"fused, {' '.join(how)}, dQ by {sums}"
 
@@ -136,12 +127,11 @@ class Plan(NamedTuple):
         stats = torch.empty(2 * self.rows, dtype=torch.float32, device=device)
         if not self.how.fused:
             return Scratch(stats, stats, stats, stats)
-        rows = self.rows + TILE  # behind the last one goes what is added for nothing
         if not self.how.fixed:
-            return Scratch(stats, torch.empty(rows * self.width, dtype=torch.float32, device=device), stats, stats)
-        acc = torch.empty(rows * self.width // 2, dtype=torch.int64, device=device)
-        factors = torch.empty(rows + 2 * CHUNKS * self.pairs, dtype=torch.float32, device=device)
-        return Scratch(stats, acc, factors, factors[rows:])
+            return Scratch(stats, torch.empty(self.rows * self.width, dtype=torch.float32, device=device), stats, stats)
+        acc = torch.empty(self.rows * self.width // 2, dtype=torch.int64, device=device)
+        factors = torch.empty(self.rows + 2 * CHUNKS * self.pairs, dtype=torch.float32, device=device)
+        return Scratch(stats, acc, factors, factors[self.rows :])
 
     def steps(self, do, q, k, v, o, lse, dq, dk, dv, scratch: Scratch) -> list[tuple[Launch, tuple]]:
         """(launch, its tensors) in their order."""
@@ -188,14 +178,14 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     sizes = (group, seq_q, seq_kv, left if LEFT else 0, right if RIGHT else 0, together, factor, cap, spec.scale)
     features = {"LEFT": LEFT, "RIGHT": RIGHT, "SOFTCAP": spec.softcap != 0}
 
+    per_program = 4096 // d  # rows
     maxima, table = None, None
     if how.fixed:
         maxima = Launch(
             backward.gluon_largest, (pairs * CHUNKS,), (None,) * 3,
             (*k.stride()[:3], *v.stride()[:3], heads_kv, seq_kv, head_dim, -(-seq_kv // CHUNKS)),
-            {"CHUNKS": CHUNKS, "D": d, "ROWS": 4096 // d},
+            {"CHUNKS": CHUNKS, "D": d, "ROWS": per_program},
         )  # fmt: skip
-    per_program = 4096 // d
     statistics = Launch(
         backward.gluon_row_statistics, (rows * (padded // per_program),), (None,) * 7,
         (*o.stride()[:3], *do.stride()[:3], heads, group, seq_q, padded, head_dim,
@@ -262,20 +252,14 @@ class Launch(launch.Launch):
 
     __slots__ = ()
 
-    def arguments(self, tensors: tuple) -> tuple[tuple, dict]:
-        """The (positional, keyword) arguments of Triton's own dispatch."""
-        self.shells = tuple(
-            tile and quick.hollow(described_by(x, tile)) for x, tile in zip(tensors, self.tiles, strict=True)
-        )
-        return (*self.described(tensors), *self.scalars), {**self.constants, "num_warps": 4}
-
-
-def described_by(x: torch.Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
-    """The descriptor that moves `tile` of x at once."""
-    if x.dim() == 4:
-        return launch.descriptor(x, *tile)
-    shared = gl.NVMMASharedLayout(swizzle_byte_width=128 if x.dim() == 2 else 0, element_bitwidth=32, rank=x.dim())
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(tile), shared)
+    @staticmethod
+    def describe(x: torch.Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
+        """The descriptor that moves `tile` of x at once."""
+        if x.dim() == 4:
+            return launch.descriptor(x, *tile)
+        swizzle = 128 if x.dim() == 2 else 0
+        shared = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=32, rank=x.dim())
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), list(tile), shared)
 
 
 def chosen(problem: Problem, deterministic: bool) -> Config:
@@ -292,8 +276,8 @@ def scratch_bytes(problem: Problem, deterministic: bool = False) -> int:
     """Device memory a backward takes beyond inputs and outputs: Scratch."""
     rows, d = problem.batch * problem.heads_q * -(-problem.seq_q // TILE) * TILE, block_d(problem.head_dim)
     how = chosen(problem, deterministic)
-    acc = (rows + TILE) * d if how.fused else 0
-    factors = rows + TILE + 2 * CHUNKS * problem.batch * problem.heads_kv if how.fixed else 0
+    acc = rows * d if how.fused else 0
+    factors = rows + 2 * CHUNKS * problem.batch * problem.heads_kv if how.fixed else 0
     return 4 * (2 * rows + acc + factors)
 
 

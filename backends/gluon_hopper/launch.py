@@ -120,10 +120,15 @@ class Launch:
         self.runner = None
         self.shells: tuple[TensorDescriptor | None, ...] = ()
 
+    @staticmethod
+    def describe(x: torch.Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
+        """The descriptor that moves `tile` of x at once."""
+        return descriptor(x, *tile)
+
     def arguments(self, tensors: tuple) -> tuple[tuple, dict]:
         """The (positional, keyword) arguments of Triton's own dispatch."""
         self.shells = tuple(
-            tile and quick.hollow(descriptor(x, *tile)) for x, tile in zip(tensors, self.tiles, strict=True)
+            tile and quick.hollow(self.describe(x, tile)) for x, tile in zip(tensors, self.tiles, strict=True)
         )
         return (*self.described(tensors), *self.scalars), {**self.constants, **self.options}
 
