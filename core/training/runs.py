@@ -24,6 +24,7 @@ class Run:
 
     step_ms: milliseconds of a step; attention_share: of a step's time, forward and backward of attention; peak_bytes:
     memory beyond what the process held before the model. step_ms exists if and only if the status is ok.
+    turns: milliseconds of a step by backend, from the command's race of steps; empty where there was none.
     """
 
     backend: str
@@ -34,6 +35,7 @@ class Run:
     losses: tuple[float, ...] = ()
     validation: tuple[tuple[int, float], ...] = ()
     step_ms: Quantiles | None = None
+    turns: dict[str, Quantiles] = field(default_factory=dict)
     attention_share: float | None = None
     peak_bytes: int | None = None
     sample: str = ""
@@ -78,7 +80,7 @@ class Run:
     def to_record(self) -> dict[str, Any]:
         """The JSON object of one line."""
         record = {"kind": KIND, "schema": SCHEMA, **dataclasses.asdict(self)}
-        for name in ("attention_share", "step_ms"):
+        for name in ("attention_share", "step_ms", "turns"):
             record[name] = _rounded(record[name], 5)
         record["losses"] = _rounded(list(self.losses), 8)  # curves of one maths differ in the seventh digit
         record["validation"] = [[step, _rounded(loss, 8)] for step, loss in self.validation]
@@ -96,6 +98,7 @@ class Run:
         fields["validation"] = tuple((step, loss) for step, loss in fields.get("validation", ()))
         if fields.get("step_ms") is not None:
             fields["step_ms"] = Quantiles(**fields["step_ms"])
+        fields["turns"] = {name: Quantiles(**spread) for name, spread in fields.get("turns", {}).items()}
         return cls(**fields)
 
 
@@ -155,6 +158,13 @@ def _versus(run: Run, base: Run | None) -> str:
     return f"{100 * (run.final_validation / base.final_validation - 1):+.2f} %"
 
 
+def _in_turns(run: Run, _: Run | None = None) -> str:
+    own, base = run.turns.get(run.backend), run.turns.get("sdpa")
+    if own is None or base is None or run.backend == "sdpa" or run.status != "ok":
+        return ""
+    return f"{own.median / base.median:.3f}"
+
+
 def _gap(run: Run, base: Run | None) -> str:
     found = largest_gap(run, base)
     return "" if found is None else f"{found[0]:.1e} at {found[1]}"
@@ -164,6 +174,7 @@ COLUMNS: dict[str, Callable[[Run, Run | None], str]] = {
     "backend": lambda run, _: run.label,
     "status": lambda run, _: run.status,
     "step ms": lambda run, _: "" if run.step_ms is None else f"{run.step_ms.median:.4g}",
+    "in turns": _in_turns,
     "tokens/s": lambda run, _: "" if run.tokens_per_s is None else f"{run.tokens_per_s:.3g}",
     "attention": lambda run, _: "" if run.attention_share is None else f"{100 * run.attention_share:.0f} %",
     "GiB": lambda run, _: "" if run.peak_bytes is None else f"{run.peak_bytes / 2**30:.3g}",
@@ -177,10 +188,11 @@ def table(runs: Sequence[Run], form: str = "table") -> str:
     """A row a run as `table` (terminal, with the reasons of those that are not ok), `markdown`, `csv` or `json`."""
     if form == "json":
         return json.dumps([run.to_record() for run in runs], indent=1)
-    rows = [[text(run, baseline_of(run, runs)) for text in COLUMNS.values()] for run in runs]
+    columns = {name: text for name, text in COLUMNS.items() if text is not _in_turns or any(map(_in_turns, runs))}
+    rows = [[text(run, baseline_of(run, runs)) for text in columns.values()] for run in runs]
     if form == "csv":
-        return "\n".join(",".join(f'"{cell}"' if "," in cell else cell for cell in row) for row in [[*COLUMNS], *rows])
-    body = tabulate(rows, [*COLUMNS], tablefmt="pipe" if form == "markdown" else "simple", disable_numparse=True)
+        return "\n".join(",".join(f'"{cell}"' if "," in cell else cell for cell in row) for row in [[*columns], *rows])
+    body = tabulate(rows, [*columns], tablefmt="pipe" if form == "markdown" else "simple", disable_numparse=True)
     if form == "markdown":
         return body
     return "\n".join([body, *(f"  {run.label}: {run.status}: {run.reason}" for run in runs if run.status != "ok")])

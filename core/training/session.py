@@ -24,6 +24,7 @@ from flash2.core.training.runs import Run
 
 HANDLER = "flash2.core.training.trainer:handle"
 START_SECONDS = 300.0
+ROUNDS = {"cpu": 0, "cuda": 5}  # of the race of steps
 MACHINE_BACKENDS = {"cpu": ("sdpa", "naive", "numba"), "cuda": ("sdpa", "sdpa-cudnn", "triton")}
 
 
@@ -34,7 +35,8 @@ class Training:
     seeds: the first for every backend, the others for sdpa alone: the spread between runs that a backend is held against.
     given, size: options as chosen(). out: append runs to this file; resume: skip runs that it has. checkpoints: a folder
     for one checkpoint a run, written every `save_every` steps, and gone on from with `resume`. log: append each step's
-    loss to this file as JSON. silent: seconds a worker may be silent.
+    loss to this file as JSON. silent: seconds a worker may be silent. rounds: in which the backends, where they are
+    several, do steps in turn before the first of them trains (none: ROUNDS of the device type).
     """
 
     backends: Sequence[str] = ()
@@ -48,6 +50,7 @@ class Training:
     save_every: int = 0
     log: Path | None = None
     silent: float = 300.0
+    rounds: int | None = None
     defaults: Mapping[str, Sequence[str]] = field(default_factory=lambda: MACHINE_BACKENDS)
 
     def run(self) -> list[Run]:
@@ -60,17 +63,26 @@ class Training:
         try:
             (hello,) = worker.events({"op": "hello", "device": self.device, "seed": self.seeds[0]}, START_SECONDS)
             device, kind = hello["device"], hello["device"].partition(":")[0]
+            bases = []
             for backend, seed in self._plan(self.backends or self.defaults[kind]):
                 asked = options.chosen(self.given | {"seed": seed}, self.size, kind)
                 environment = hello["environment"] | {"seed": seed}
-                base = Run(
-                    backend=backend, status="error", reason="-", options=asked.to_dict(), environment=environment
+                bases.append(
+                    Run(backend=backend, status="error", reason="-", options=asked.to_dict(), environment=environment)
                 )
+            names = list(dict.fromkeys(base.backend for base in bases))
+            rounds = (0 if bases[0].options["compile"] else ROUNDS[kind]) if self.rounds is None else self.rounds
+            turns: dict[str, Quantiles] = {}
+            if rounds and len(names) > 1 and any(base.key not in finished for base in bases):
+                turns = self._race(worker, names, bases[0].options, device, rounds)
+                worker.close()
+                worker = None
+            for base in bases:
                 if base.key in finished:
                     found.append(finished[base.key])
                     continue
                 worker = worker or Worker(HANDLER)
-                found.append(self._one(worker, base, asked, device, log))
+                found.append(self._one(worker, dataclasses.replace(base, turns=turns), device, log))
                 if file:
                     file.append_record(found[-1].to_record())
                 worker.close()
@@ -94,7 +106,34 @@ class Training:
     def _plan(self, backends: Sequence[str]) -> list[tuple[str, int]]:
         return [(name, seed) for name in backends for seed in self.seeds[: None if name == "sdpa" else 1]]
 
-    def _one(self, worker: Worker, base: Run, asked: Options, device: str, log: ResultFile | None) -> Run:
+    def _race(
+        self, worker: Worker, names: list[str], asked: dict[str, Any], device: str, rounds: int
+    ) -> dict[str, Quantiles]:
+        # Step times of the backends in turn; who is left out, and the loss of the worker, go to stderr.
+        request = {"op": "race", "backends": names, "device": device, "options": asked, "rounds": rounds}
+        turns: dict[str, Quantiles] = {}
+        notes: list[str] = []
+        bar = tqdm(
+            total=(rounds + 1) * len(names), unit="turn", file=sys.stderr, disable=None, dynamic_ncols=True,
+            desc="steps in turns", leave=False,
+        )  # fmt: skip
+        try:
+            for event in worker.events(request, self.silent):
+                if event["event"] == "turn":
+                    bar.update()
+                elif event["event"] == "out":
+                    notes.append(f"steps in turns: without {event['backend']}: {event['reason']}\n")
+                elif event["event"] == "end":
+                    turns = {name: Quantiles(**spread) for name, spread in event["turns"].items()}
+        except WorkerGone as gone:
+            notes.append(f"no steps in turns: {gone}\n")
+        finally:
+            bar.close()
+        sys.stderr.write("".join(notes))
+        return turns
+
+    def _one(self, worker: Worker, base: Run, device: str, log: ResultFile | None) -> Run:
+        asked = Options(**base.options)
         request = {
             "op": "train", "backend": base.backend, "device": device, "options": asked.to_dict(),
             "file": str(self.checkpoints / f"{_file_name(base)}.pt") if self.checkpoints else None,
@@ -140,10 +179,7 @@ class Training:
             raise ValueError(refused)
         if end.get("step_ms") is not None:
             end["step_ms"] = Quantiles(**end["step_ms"])
-        return Run(
-            backend=base.backend, options=base.options, environment=base.environment, losses=tuple(losses),
-            validation=tuple(validation), **end,
-        )  # fmt: skip
+        return dataclasses.replace(base, losses=tuple(losses), validation=tuple(validation), **end)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -160,6 +196,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--timeout", type=float, default=300.0, metavar="S", help="a silent worker is stopped (default: 300)"
     )
+    group.add_argument(
+        "--rounds", type=int, metavar="N",
+        help="of steps in turns, before several backends train; 0 for none (default: 5 on a GPU, 0 on a CPU)",
+    )  # fmt: skip
     group.add_argument("--format", choices=FORMATS, default="table", help="of the table (default: table)")
 
 
@@ -170,12 +210,17 @@ def from_arguments(parsed: argparse.Namespace, backends: Sequence[str], seeds: S
         options.chosen(given, parsed.size, kind)  # what no device can run is refused before a worker starts
     if parsed.save_every < 1 or not parsed.timeout > 0:
         raise ValueError("save-every must be at least 1, timeout above 0")
+    if parsed.rounds is not None and parsed.rounds < 0:
+        raise ValueError(f"rounds must be 0 or more, not {parsed.rounds}")
+    if parsed.rounds and given.get("compile"):
+        raise ValueError("rounds must be 0 with --compile: in one process a backend gets what was compiled for another")
     if parsed.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError('--plot needs matplotlib: pip install "flash2-triton[plots]"')
     return Training(
         backends=backends, given=given, size=parsed.size, device=parsed.device,
         seeds=seeds or (given.get("seed", 0),), out=parsed.out, resume=parsed.resume,
         checkpoints=parsed.checkpoints, save_every=parsed.save_every, log=parsed.log, silent=parsed.timeout,
+        rounds=parsed.rounds,
     )  # fmt: skip
 
 

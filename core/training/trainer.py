@@ -7,6 +7,7 @@ clock on a CPU. Attention's share is measured in a few steps only, which then co
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import statistics
@@ -30,6 +31,8 @@ from flash2.core.training.options import Options
 BETAS = (0.9, 0.95)
 WARM = 5  # first steps, which compile, tune and fill caches: in no time
 SAMPLED = 5  # steps in which attention is timed
+BURST = 8  # steps of a backend in a row, in a race
+SETTLE = 2  # of them, the first after a switch: in no time
 SAMPLE_SECONDS = 15.0  # most time to spend on the sample of text: some kernels plan anew for every length
 
 
@@ -38,8 +41,9 @@ class Diverged(Exception):
 
 
 def handle(emit: Emit, request: dict[str, Any]) -> None:
-    """Answer one request: `hello` (the device and what it is) or `train`; a failed run ends with its status in words."""
-    {"hello": _hello, "train": _train}[request.pop("op")](emit, **request)
+    """Answer one request: `hello` (the device and what it is), `race` (step times of several backends in turn) or
+    `train`; a failed run ends with its status in words."""
+    {"hello": _hello, "race": _race, "train": _train}[request.pop("op")](emit, **request)
 
 
 def _hello(emit: Emit, device: str, seed: int) -> None:
@@ -79,6 +83,37 @@ def _train(
         emit({"event": "end", "status": "error", "reason": f"{type(error).__name__}: {error}"})
     else:
         emit({"event": "end", "status": "ok", "reason": "", **figures})
+
+
+def _race(emit: Emit, backends: list[str], device: str, options: dict[str, Any], rounds: int) -> None:
+    # A Trainer each, so that all do the same steps and none can spoil another's weights. Round 0 warms up.
+    where = pick_device(device)
+    racers: dict[str, Trainer] = {}
+    times: dict[str, list[float]] = {name: [] for name in backends}
+    for number in range(rounds + 1):
+        first = number % len(backends)  # whoever began goes last
+        for name in backends[first:] + backends[:first]:
+            if name not in times:
+                continue
+            try:
+                if number == 0:
+                    chosen = core.find_backend(name, where.type)
+                    if (reason := chosen.unavailable()) is not None:
+                        raise ImportError(reason)
+                    racers[name] = Trainer(Options(**options), chosen, where, lambda event: None)
+                burst = racers[name].burst(BURST)
+                times[name] += burst[SETTLE:] if number else []
+            except Exception as error:  # of a backend, whatever it is: the row of its own run will say it
+                racers.pop(name, None)
+                del times[name]
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                emit({"event": "out", "backend": name, "reason": reason})
+            else:
+                emit({"event": "turn", "backend": name})
+        if len(times) < 2:  # nobody is left to be compared with
+            times.clear()
+            break
+    emit({"event": "end", "turns": {name: dataclasses.asdict(quantiles(spans)) for name, spans in times.items()}})
 
 
 class Trainer:
@@ -198,6 +233,20 @@ class Trainer:
             optimizer.step()
         self.model.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def burst(self, count: int) -> list[float]:
+        """Milliseconds of each of the next `count` steps, which begin anew after the last of the options. Raises
+        Diverged."""
+        steps, readings = range(self.step, self.step + count), []
+        self.clock.begin()
+        for step in steps:
+            loss = self.train_step(step % self.options.steps)
+            self.clock.end(step)
+            readings.append(Reading(step, loss))
+        self.step = steps.stop
+        for reading in readings:
+            self._note(reading)
+        return [self.clock.milliseconds(step) for step in steps]
 
     @torch.no_grad()
     def validate(self) -> float:

@@ -13,7 +13,7 @@ import pytest
 
 from flash2.core.compare import Quantiles
 from flash2.core.report import fill_tables, page
-from flash2.core.training import checkpoint, runs
+from flash2.core.training import checkpoint, runs, session
 from flash2.core.training.options import Options
 from flash2.core.training.runs import Run
 from flash2.core.training.session import Training
@@ -65,6 +65,15 @@ def test_records_come_back(tmp_path):
         runs.read_runs(path)
 
 
+def test_a_run_keeps_its_race_and_old_records_have_none(tmp_path):
+    raced = run("triton", turns={"sdpa": Quantiles(20.0, 19.0, 21.0), "triton": Quantiles(19.02, 19.0, 19.5)})
+    assert runs.read_runs(write(tmp_path / "a.jsonl", [raced])) == [raced]
+    long = dataclasses.replace(raced, turns=raced.turns | {"sdpa": Quantiles(20.00000004, 19.0, 21.0)})
+    assert long.to_record() == raced.to_record()  # five digits, as of a run's own step
+    old = run().to_record()
+    assert old.pop("turns") == {} and Run.from_record(old) == run()
+
+
 def test_a_later_run_of_the_same_key_wins(tmp_path):
     again = dataclasses.replace(run(), losses=(1.0,), environment={"device": "toy", "time": "later"})
     assert runs.read_runs(write(tmp_path / "a.jsonl", [*THREE, again]))[0] == again
@@ -85,6 +94,21 @@ def test_the_table_says_what_was_asked_for():
     assert fourth.split() == ["naive", "oom"] and "naive: oom: out of memory" in table
     assert runs.table(THREE, "markdown").startswith("| backend")
     assert '"sdpa, seed 1",ok' in runs.table(THREE, "csv") and len(json.loads(runs.table(THREE, "json"))) == 4
+
+
+def test_ratios_are_of_one_race():
+    """Each run's own; a run that failed has none, and a table of runs without a race has no such column."""
+    first, second = ({"sdpa": Quantiles(20.0, 1, 99), name: Quantiles(19.02, 1, 99)} for name in ("triton", "numba"))
+    second["sdpa"] = Quantiles(10.0, 1, 99)
+    raced = [run(turns=first), run("triton", turns=first), run("numba", turns=second), run("naive", turns=first)]
+    for form in ("table", "markdown", "csv"):
+        assert "in turns" in runs.table(raced, form) and "in turns" not in runs.table(THREE, form)
+    rows = [line.split(",") for line in runs.table(raced, "csv").splitlines()]
+    place = rows[0].index("in turns")
+    assert [row[place] for row in rows[1:]] == ["", "0.951", "1.902", ""]
+    failed = run("triton", **FAILED, turns=first)
+    assert "in turns" not in runs.table([raced[0], failed])
+    assert "in turns" not in runs.table([run("triton", turns={"triton": first["triton"], "numba": second["numba"]})])
 
 
 def test_runs_of_other_work_are_not_compared():
@@ -120,6 +144,66 @@ def test_the_seeds_are_of_sdpa_alone():
     assert training._plan(training.backends) == [("triton", 4), ("sdpa", 4), ("sdpa", 5), ("numba", 4)]
 
 
+class Inside:
+    """A Worker in this process; `asked` has what it was asked for."""
+
+    asked: tuple = ()
+
+    def __init__(self, target: str) -> None:
+        assert target == session.HANDLER
+
+    def events(self, request, deadline):
+        Inside.asked += (request,)
+        found = []
+        handle(found.append, json.loads(json.dumps(request)))
+        yield from json.loads(json.dumps(found))
+
+    def close(self) -> None:
+        pass
+
+    kill = close
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path, one_thread):
+    """train(backends, ...) -> (the runs, what the workers were asked for: ops, and the race's backends)."""
+    monkeypatch.setattr(session, "Worker", Inside)
+    given = {
+        "layers": 1, "width": 16, "heads": 1, "context": 32, "batch": 2, "steps": 2, "validation_tokens": 64, "sample": 0,
+    }  # fmt: skip
+
+    def run_it(backends, **changes):
+        Inside.asked = ()
+        found = Training(backends=backends, given=given, out=tmp_path / "a.jsonl", device="cpu", **changes).run()
+        ops = [request["op"] for request in Inside.asked]
+        return found, ops, [request["backends"] for request in Inside.asked if request["op"] == "race"]
+
+    return run_it
+
+
+def test_backends_race_once_before_they_train(train, tmp_path):
+    found, ops, (raced,) = train(["sdpa", "naive"], seeds=(0, 1), rounds=1)
+    assert ops == ["hello", "race", "train", "train", "train"] and raced == ["sdpa", "naive"]
+    assert found[0].turns.keys() == {"sdpa", "naive"} and all(one.turns == found[0].turns for one in found)
+    assert all(spread.p20 > 0 for spread in found[0].turns.values())
+    assert [one.turns.keys() for one in runs.read_runs(tmp_path / "a.jsonl")] == [found[0].turns.keys()] * 3
+
+    again, ops, _ = train(["sdpa", "naive"], seeds=(0, 1), rounds=1, resume=True)
+    assert ops == ["hello"] and [one.backend for one in again] == ["sdpa", "sdpa", "naive"]
+
+    (kept, new), ops, (raced,) = train(["sdpa", "sdpa-math"], rounds=1, resume=True)
+    assert ops == ["hello", "race", "train"] and raced == ["sdpa", "sdpa-math"]
+    assert kept.turns == again[0].turns and new.turns.keys() == {"sdpa", "sdpa-math"}  # a race of its own
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rounds": 0}, {"rounds": None}, {"backends": ["sdpa"], "seeds": (0, 1), "rounds": 2}], ids=str
+)
+def test_no_race_where_none_is_asked_for_or_nobody_to_race(changes, train):
+    found, ops, _ = train(**({"backends": ["sdpa", "naive"]} | changes))
+    assert ops == ["hello", "train", "train"] and not any(one.turns for one in found)
+
+
 def command(*words, cwd) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -144,12 +228,24 @@ class Crashes(Naive):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder in which bench.py has trained sdpa and a backend that dies; and what it printed."""
+    """A folder in which bench.py has trained sdpa and a backend that dies, in turns as well; and what it printed."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "wild.py").write_text(CRASHES)
-    words = ["train", "--backends", "sdpa,./wild.py:Crashes", *TINY, "--out", "a.jsonl", "--plot", "a.png"]
+    words = [
+        "train",
+        "--backends",
+        "sdpa,./wild.py:Crashes",
+        *TINY,
+        "--rounds",
+        "1",
+        "--out",
+        "a.jsonl",
+        "--plot",
+        "a.png",
+    ]
     done = command(ROOT / "bench.py", *words, "--checkpoints", "kept", "--save-every", "5", cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert "no steps in turns: the worker was killed by SIGSEGV" in done.stderr
     return folder, done.stdout
 
 
@@ -157,6 +253,7 @@ def test_bench_train_survives_its_backends(trained):
     folder, printed = trained
     ok, crash = runs.read_runs(folder / "a.jsonl")
     assert (ok.status, crash.status) == ("ok", "crash") and "SIGSEGV" in crash.reason and "SIGSEGV" in printed
+    assert ok.turns == crash.turns == {}  # that cost the race, not the runs
     assert 1 <= len(crash.losses) < 5  # what was learnt of it before
     assert len(ok.losses) == 12 and ok.validation[-1][0] == 12 and ok.sample and ok.tokens_per_s > 0
     assert (folder / "a.png").stat().st_size > 1000
@@ -194,7 +291,7 @@ def test_a_checkpoint_of_another_model_is_the_users_to_mend(tmp_path):
             yield from events
 
     with pytest.raises(ValueError, match="is of another model"):
-        Training()._one(Answers(), run("naive", **FAILED), model, "cpu", None)
+        Training()._one(Answers(), run("naive", **FAILED), "cpu", None)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +302,9 @@ def test_a_checkpoint_of_another_model_is_the_users_to_mend(tmp_path):
         (["bench.py", "train", "--seeds", "x"], "'x' is not an integer"),
         (["bench.py", "train", "--steps", "-1"], "'-1' is no size"),
         (["bench.py", "train", "--width", "many"], "'many' is no size"),
+        (["bench.py", "train", "--rounds", "-1"], "rounds must be 0 or more, not -1"),
+        (["bench.py", "train", "--rounds", "few"], "invalid int value: 'few'"),
+        (["bench.py", "train", "--compile", "--rounds", "2"], "rounds must be 0 with --compile"),
         (["bench.py", "train", "--lr", "nan"], "lr must be above 0"),
         (["bench.py", "train", "--out", "/proc/no/such/a.jsonl"], "/proc/no"),
         (["examples/train_gpt.py", "--backend", "tritn"], "unknown backend 'tritn'"),

@@ -13,6 +13,7 @@ import torch
 from flash2 import get_backend
 from flash2.backends.naive import Naive
 from flash2.core.training import checkpoint, corpus
+from flash2.core.training import trainer as training
 from flash2.core.training.checkpoint import CheckpointError
 from flash2.core.training.gpt import GPT
 from flash2.core.training.options import SIZES, Options, chosen
@@ -129,6 +130,7 @@ def test_on_a_gpu_in_bf16(backend, pytestconfig):
     assert gap < 0.03, f"at step {step}"
     assert 0 < figures["attention_share"] < 1 and figures["step_ms"]["p20"] > 0 and figures["peak_bytes"] > 1 << 20
     assert figures["sample"] and ours.losses[-1] < 3.6
+    assert len(spans := ours.burst(3)) == 3 and min(spans) > 0
 
 
 # ---- what the model is told and writes
@@ -237,6 +239,110 @@ def test_compiled_it_is_the_same_model():
     compiled.loss = torch.compile(compiled.model.loss, backend="eager")
     compiled.run()
     assert compiled.losses == pytest.approx(eager.losses, rel=1e-6)
+
+
+# ---- steps in turns
+
+
+class Racer(Naive):
+    """Notes each forward in `calls`, and moves a clock of its own making: 100 s in a warm-up or after a switch."""
+
+    def __init__(self, name: str, calls: list[str], seconds: float = 1.0) -> None:
+        super().__init__()
+        self.name, self.calls, self.seconds, self.now = name, calls, seconds, [0.0]
+
+    def forward(self, q, k, v, spec):
+        before = self.calls.count(self.name)
+        self.calls.append(self.name)
+        self.now[0] += 100.0 if before < training.BURST or before % training.BURST < 2 else self.seconds
+        return super().forward(q, k, v, spec)
+
+
+class Unavailable(Racer):
+    def unavailable(self):
+        return "no such card"
+
+
+class Raises(Racer):
+    """In round 1."""
+
+    def forward(self, q, k, v, spec):
+        if self.calls.count(self.name) == training.BURST + 3:
+            raise RuntimeError("no luck\nat all")
+        return super().forward(q, k, v, spec)
+
+
+class GivesNaN(Racer):
+    def forward(self, q, k, v, spec):
+        o, lse = super().forward(q, k, v, spec)
+        return o * math.nan, lse
+
+
+def race(monkeypatch, *racers: Racer, rounds: int) -> list[dict]:
+    """The worker's events; the clock is the racers'."""
+    known, now = {racer.name: racer for racer in racers}, [0.0]
+    for racer in racers:
+        racer.now = now
+    monkeypatch.setattr(training.core, "find_backend", lambda name, device: known[name])
+    monkeypatch.setattr(training, "_moment", lambda device: now[0])
+    events = []
+    options = Options(**(TINY | {"layers": 1, "steps": 12})).to_dict()  # fewer steps than a race has
+    training.handle(
+        events.append, {"op": "race", "backends": [*known], "device": "cpu", "options": options, "rounds": rounds}
+    )
+    return events
+
+
+def bursts(calls: list[str]) -> str:
+    """One letter a burst; fails where a burst is not of one backend."""
+    parts = [calls[at : at + training.BURST] for at in range(0, len(calls), training.BURST)]
+    assert all(part == part[:1] * training.BURST for part in parts)
+    return "".join(part[0] for part in parts)
+
+
+BUGS = {"none": "", "the swap does nothing": "aaaaaaaaa", "steps after a switch count": "abcbcacab"}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_backends_take_turns_and_each_has_its_own_times(bug, monkeypatch):
+    calls = []
+    racers = [Racer(name, calls, seconds) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    if bug == "the swap does nothing":
+        kept = Trainer.__init__
+        monkeypatch.setattr(
+            Trainer, "__init__", lambda self, o, _, device, emit: kept(self, o, racers[0], device, emit)
+        )
+    if bug == "steps after a switch count":
+        monkeypatch.setattr(training, "SETTLE", 0)
+    *turns, end = race(monkeypatch, *racers, rounds=2)
+    assert [event["backend"] for event in turns] == [*"abcbcacab"]  # the first three warm up
+    assert bursts(calls) == (BUGS[bug] or "abcbcacab")
+    exact = {name: dict.fromkeys(("median", "p20", "p80"), 1e3 * (at + 1)) for at, name in enumerate("abc")}
+    assert end["event"] == "end" and (end["turns"] == exact) == (bug == "none")
+
+
+def test_who_fails_in_turns_is_left_out(monkeypatch):
+    calls = []
+    racers = [Unavailable("u", calls), Racer("a", calls), Raises("r", calls), GivesNaN("n", calls), Racer("b", calls)]
+    events = race(monkeypatch, *racers, rounds=2)
+    out = {event["backend"]: event["reason"] for event in events if event["event"] == "out"}
+    assert out.keys() == {"u", "r", "n"} and out["u"] == "no such card" and out["r"] == "no luck"
+    assert "nan with backend 'n'" in out["n"]
+    assert events[-1]["turns"].keys() == {"a", "b"} and calls.count("a") == calls.count("b") == 3 * training.BURST
+    assert calls.count("n") == training.BURST and calls.count("r") == training.BURST + 3
+
+
+def test_a_burst_goes_on_and_after_the_last_step_begins_anew():
+    trained, steps = trainer("naive", steps=5), []
+    step = trained.train_step
+    trained.train_step = lambda number: steps.append(number) or step(number)
+    assert [len(trained.burst(4)), len(trained.burst(4))] == [4, 4] and steps == [0, 1, 2, 3, 4, 0, 1, 2]
+
+
+def test_nobody_races_alone(monkeypatch):
+    calls = []
+    events = race(monkeypatch, Racer("a", calls), Unavailable("u", calls), rounds=2)
+    assert events[-1] == {"event": "end", "turns": {}} and bursts(calls) == "a"
 
 
 # ---- checkpoints
