@@ -75,6 +75,12 @@ def opaque_zero():
     return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
+@gluon.jit
+def loads_stay_below():
+    """ptxas moves no load over it: what is loaded here may take registers that are in use above."""
+    gl.inline_asm_elementwise("bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
 # ---- accumulators: layouts, and renamings of registers
 
 
@@ -106,6 +112,16 @@ def to_lanes(x):
     n: gl.constexpr = x.shape[1]
     y = x.reshape([4, 2, 8, n // 8, 4, 2]).permute((0, 3, 2, 4, 1, 5)).reshape([64 * n])
     return gl.convert_layout(y, lanes_layout(n), assert_trivial=True)
+
+
+@gluon.jit
+def halves_of(y):
+    """What to_lanes() gives, in two: a warp's first half of columns, and its second."""
+    n: gl.constexpr = y.shape[0] // 2
+    first, second = y.reshape([4, 2, n // 4]).permute((0, 2, 1)).split()
+    L: gl.constexpr = lanes_layout(n // 64)
+    return (gl.convert_layout(first.reshape([n]), L, assert_trivial=True),
+            gl.convert_layout(second.reshape([n]), L, assert_trivial=True))  # fmt: skip
 
 
 @gluon.jit
@@ -287,6 +303,13 @@ def half(tiles, slot, n, D: gl.constexpr):
 
 
 # ---- fused: a program owns 128 keys and walks over the query tiles of all heads that share them
+
+
+@gluon.jit
+def rows_used(D: gl.constexpr):
+    """Reckon a consumer's rows here, beside the stores that need them: ptxas keeps them over the whole loop otherwise."""
+    rows = gl.arange(0, 64, gl.SliceLayout(1, acc_layout(D)))
+    gl.inline_asm_elementwise("// $0 $1", "=r,r", [rows], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -517,6 +540,19 @@ def add_dq(sums, index, part, dq, factor, SHAPE: gl.constexpr, FIXED: gl.constex
 
 
 @gluon.jit
+def add_half(sums, index, part, h: gl.constexpr, x, SHAPE: gl.constexpr):
+    """Half h of what add_dq() adds in float32: x, of halves_of()."""
+    acc, scale = sums
+    BM, BN, D, STAGES = SHAPE
+    n: gl.constexpr = x.shape[0]
+    at = (index * (BM * D // (2 * n)) + part).to(gl.int64)
+    places = gl.arange(0, n, lanes_layout(n // 64))
+    gl.atomic_add(
+        acc + at * (2 * n) + (places + places // (n // 4) * (n // 4) + h * (n // 4)), x * scale, sem="relaxed"
+    )
+
+
+@gluon.jit
 def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, s, dk, dv, end, rings, kv, slot, own, ds_tile, sums,
                edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
     """One query tile, the index-th of all heads': dv += p^T dO, dk += ds^T Q, and half of dQ to the sums, if not APART.
@@ -526,11 +562,14 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, s, dk, dv, end, 
     q_ring, do_ring, stats_ring, q_full, do_full = rings
     k_tile, v_tile, k_full, v_full, finished = kv
     BM, BN, D, STAGES = SHAPE
-    APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED = HOW
+    APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED, HALVES = HOW
     ds_ring, ds_free = ds_tile
     COLUMNS: gl.constexpr = gl.SliceLayout(0, acc_layout(BM))
     N: gl.constexpr = D * BM // 128
     dtype: gl.constexpr = q_ring.dtype
+    if not APART:  # as in late_step(); where registers are free it costs 4 %
+        i += opaque_zero()
+        index += opaque_zero()
     b = i % STAGES
     c = i % 2
     q = q_ring.index(b)
@@ -620,26 +659,35 @@ def late_start(
     q_ring, do_ring, stats_ring, q_full, do_full = rings
     k_tile, v_tile, k_full, v_full, finished = kv
     BM, BN, D, STAGES = SHAPE
-    APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED = HOW
+    APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED, HALVES = HOW
     LEFT, RIGHT, TAIL = MASKS
     b = i % STAGES
     s = warpgroup_mma_wait(0, deps=[issue_scores(CID, i, i + 1, rings, k_tile, slot, own, SHAPE, LSE_FIRST, RESIDENT)])
     mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
     p, slope = weights(i, s, stats_ring.index(b), edges, maths, LEFT or RIGHT or TAIL, MASKS, SHAPE, LSE_FIRST, SOFTCAP)
     dv_token = warpgroup_mma(a_operand(p, D, q_ring.dtype), do_ring.index(b), dv, is_async=True)
-    dv, dp = warpgroup_mma_wait(0, deps=[dv_token, issue_dp(CID, b, rings, v_tile, slot, own, SHAPE, RESIDENT)])
+    dv, dp = warpgroup_mma_wait(
+        0, deps=[dv_token, issue_dp(CID, b, less_delta(b, rings, SHAPE), rings, v_tile, slot, own, SHAPE, RESIDENT)]
+    )
     return slope, dp, dv
 
 
 @gluon.jit
-def issue_dp(CID: gl.constexpr, b, rings, v_tile, slot, own, SHAPE: gl.constexpr, RESIDENT: gl.constexpr):
-    """Begin dP^T of the step in stage b, with -delta to begin with."""
+def less_delta(b, rings, SHAPE: gl.constexpr):
+    """-delta of the queries in stage b."""
+    q_ring, do_ring, stats_ring, q_full, do_full = rings
+    BM, BN, D, STAGES = SHAPE
+    return stats_ring.index(b).slice(BM, BM, 0).load(gl.SliceLayout(0, acc_layout(BM)))
+
+
+@gluon.jit
+def issue_dp(CID: gl.constexpr, b, less, rings, v_tile, slot, own, SHAPE: gl.constexpr, RESIDENT: gl.constexpr):
+    """Begin dP^T of the step in stage b, with less_delta() to begin with."""
     q_ring, do_ring, stats_ring, q_full, do_full = rings
     BM, BN, D, STAGES = SHAPE
     v = own_keys(CID, v_tile, slot, own[1], RESIDENT)
-    zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
-    less, _ = gl.broadcast(stats_ring.index(b).slice(BM, BM, 0).load(gl.SliceLayout(0, acc_layout(BM)))[None, :], zeros)
-    return warpgroup_mma(v, do_ring.index(b).permute((1, 0)), less, is_async=True)
+    begin, _ = gl.broadcast(less[None, :], gl.zeros([64, BM], gl.float32, acc_layout(BM)))
+    return warpgroup_mma(v, do_ring.index(b).permute((1, 0)), begin, is_async=True)
 
 
 @gluon.jit
@@ -667,7 +715,7 @@ def late_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, p, dp, dk, dv, ri
     q_ring, do_ring, stats_ring, q_full, do_full = rings
     k_tile, v_tile, k_full, v_full, finished = kv
     BM, BN, D, STAGES = SHAPE
-    APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED = HOW
+    APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED, HALVES = HOW
     N: gl.constexpr = D * BM // 128
     gl.static_assert(STAGES & (STAGES - 1) == 0)  # %, of what may be negative, takes two registers too many
     i += opaque_zero()  # else what is reckoned from it for the next step takes registers in this one
@@ -686,10 +734,21 @@ def late_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, p, dp, dk, dv, ri
     # dV's issue also keeps the exponentials above the wait for dQ, where ptxas would not leave them.
     dv_token = warpgroup_mma(a_operand(p, D, q_ring.dtype), do_ring.index(b), dv, is_async=True)
     dq = warpgroup_mma_wait(1, deps=[dq_token])
-    add_dq(sums, index, CID, dq, factor, SHAPE, FIXED)
-    # Waits for nothing, but ptxas moves no load over it: -delta is loaded into dP's registers, which are dQ's until here.
-    mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
-    dv, dp = warpgroup_mma_wait(0, deps=[dv_token, issue_dp(CID, b, rings, v_tile, slot, own, SHAPE, RESIDENT)])
+    # -delta takes registers that are dQ's until here. Its loads wait for all additions before them to leave the
+    # multiprocessor: behind half of them they are there when the second half is on its way.
+    if HALVES and not MASK:
+        first, second = halves_of(to_lanes(dq))
+        add_half(sums, index, CID, 0, first, SHAPE)
+        loads_stay_below()
+        less = less_delta(b, rings, SHAPE)
+        add_half(sums, index + opaque_zero(), CID, 1, second, SHAPE)
+        loads_stay_below()
+    else:
+        add_dq(sums, index, CID, dq, factor, SHAPE, FIXED)
+        loads_stay_below()
+        less = less_delta(b, rings, SHAPE)
+    dp_token = issue_dp(CID, b, less, rings, v_tile, slot, own, SHAPE, RESIDENT)
+    dv, dp = warpgroup_mma_wait(0, deps=[dv_token, dp_token])
     return slope, dp, dk, dv
 
 
@@ -700,7 +759,7 @@ def late_end(
     """The second half of step i, a key tile's last. Returns dk."""
     k_tile, v_tile, k_full, v_full, finished = kv
     BM, BN, D, STAGES = SHAPE
-    APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED = HOW
+    APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED, HALVES = HOW
     N: gl.constexpr = D * BM // 128
     dk_token = hand_over(CID, i, p, dp, dk, rings, ds_ring)
     factor = rows_factor(sums, index, CID, N, SHAPE, FIXED)
@@ -754,7 +813,7 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, sums, schedule, sizes,
     k_tile, v_tile, k_full, v_full, finished = kv
     heads_kv, group, seq_q, seq_kv = sizes
     BM, BN, D, STAGES = SHAPE
-    APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED = HOW
+    APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED, HALVES = HOW
     dtype: gl.constexpr = k_tile.dtype
     count = block_count(schedule, PLANNED)
     tile, row = block_at(0, schedule, PLANNED)
@@ -816,6 +875,8 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, sums, schedule, sizes,
                 everyone_sync(DONE)
         else:
             consumers_sync(DONE)
+        if SOFTCAP:
+            rows_used(D)
         half(v_tile, slot, CID, D).store(dv.to(dtype))
         half(k_tile, slot, CID, D).store((dk * scale).to(dtype))
         fence_async_shared()
@@ -925,7 +986,9 @@ def gluon_gradients_fused(
     band = (left, right)
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
     SHAPE: gl.constexpr = (BM, BN, D, STAGES)
-    HOW: gl.constexpr = (APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED)
+    # ptxas finds registers for dQ's additions in halves where nothing else wants them.
+    HALVES: gl.constexpr = not (FIXED or GROUPED or LEFT or TAIL)
+    HOW: gl.constexpr = (APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED, HALVES)
     schedule = (table, rounds, gl.cdiv(seq_kv, BN), rows, together)
     sizes = (heads_kv, group, seq_q, seq_kv)
     rings = (q_ring, do_ring, stats_ring, q_full, do_full)

@@ -171,10 +171,10 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     rows = batch * heads
     m = how.block_m
     even = seq_q == padded and head_dim == d
+    tiles, pairs = -(-seq_kv // 128), batch * heads_kv
     together = how.together
     if not together:
-        together = heads_together(group * seq_q * d * (8 if how.fused else 4), RIGHT and not LEFT)
-    tiles, pairs = -(-seq_kv // 128), batch * heads_kv
+        together = heads_together(group * seq_q * d * (8 if how.fused else 4), RIGHT and not LEFT, pairs)
     sizes = (group, seq_q, seq_kv, left if LEFT else 0, right if RIGHT else 0, together, factor, cap, spec.scale)
     features = {"LEFT": LEFT, "RIGHT": RIGHT, "SOFTCAP": spec.softcap != 0}
 
@@ -238,13 +238,17 @@ def steps(start_n: int, m: int, seq_q: int, seq_kv: int, left: int | None, right
     return hi - lo if left is None else max(0, min(hi, -(-max(last + left - offset + 1, 0) // m)) - lo)
 
 
-def heads_together(nbytes: int, uneven: bool) -> int:
-    """How many heads' tiles take turns in the grid; nbytes: of Q, dO and dQ's accumulator of heads that share keys.
+def heads_together(nbytes: int, uneven: bool, pairs: int) -> int:
+    """How many of `pairs` heads' tiles take turns in the grid; nbytes: of Q, dO and dQ's accumulator of heads that share keys.
 
     Where tiles are uneven, the longest of a few heads start before the short ones of any. What is read and added to
-    again and again should stay in the L2 cache.
+    again and again should stay in the L2 cache. All groups are of about one size: of a last one with a head or two there
+    are too few tiles to go round, and the longest of them is what the others wait for.
     """
-    return max(1, min(TOGETHER, L2_SHARE // nbytes)) if uneven else 1
+    if not uneven:
+        return 1
+    groups = -(-pairs // max(1, min(TOGETHER, L2_SHARE // nbytes)))
+    return -(-pairs // groups)
 
 
 class Launch(launch.Launch):
