@@ -334,7 +334,7 @@ FAULTS = [
           "mbarrier.wait(do_full.index(b), (i // STAGES) & 1)", "pass", r"race: .*do_ring", B128, LATE),
     Fault("dQ goes to the next tile", "backward.tile_before", "index = base + i - 1", "index = base + i", r"T1|T2|T3", B128, LATE),
     Fault("a half of dQ is added where the other one belongs", "backward.add_half", " + h * (n // 4)", "",
-          r"T1|T2|T3", B128, LATE),
+          r"T1|T2|T3", (128, "full", BACKWARD), LATE),
     Fault("the last dQ is forgotten", "backward.late_end", "add_dq(sums, index, CID, dq, factor, SHAPE, FIXED)", "pass",
           r"T1|T2|T3", B128, LATE),
     Fault("a head's first step comes twice", "backward.fused_consumer", "CID, g, 1, base, before", "CID, g, 0, base, before",
