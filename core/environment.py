@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 
 from flash2.core.contract import TORCH_DTYPES
 from flash2.core.timing import timer_for
+
+HELD_SECONDS = 0.4  # after as long the power cap holds a large GPU's clock down
 
 LIBRARIES = ("triton", "cupy-cuda13x", "numba", "numba-cuda", "numpy", "flash-attn-4")
 
@@ -104,7 +107,10 @@ def device_name(device: torch.device) -> str:
 
 
 def measured_ceilings(device: torch.device) -> dict[str, float]:
-    """TFLOP/s of a square matmul by class, the best of a few calls; on a CPU by torch's BLAS or numpy's, whichever wins."""
+    """TFLOP/s of a square matmul by class, the best of a few calls; on a CPU by torch's BLAS or numpy's, whichever wins.
+
+    On CUDA "bf16 held", too: the mean of calls that follow one another for HELD_SECONDS.
+    """
     classes = (
         {"ieee": "fp32"} if device.type == "cpu" else {"bf16": "bf16", "fp16": "fp16", "tf32": "fp32", "ieee": "fp32"}
     )
@@ -118,8 +124,23 @@ def measured_ceilings(device: torch.device) -> dict[str, float]:
             timer.burst(lambda x=x, y=y: x @ y, 2)
             reached = 2 * size**3 / min(timer.burst(lambda x=x, y=y: x @ y, 8)) / 1e9
             ceilings[precision] = max(reached, ceilings.get(precision, 0.0))
+        if precision == "bf16":
+            rate = calls_a_second(lambda a=a, b=b: a @ b, lambda: torch.cuda.synchronize(device), HELD_SECONDS)
+            ceilings["bf16 held"] = 2 * size**3 * rate / 1e12
     torch.backends.cuda.matmul.allow_tf32 = allowed
     return ceilings
+
+
+def calls_a_second(call: Callable[[], object], synchronize: Callable[[], object], seconds: float) -> float:
+    """How many calls a second the device ends, of calls that it gets without a pause for `seconds`."""
+    synchronize()
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        for _ in range(8):
+            call()
+        count += 8
+        synchronize()
+    return count / (time.perf_counter() - begin)
 
 
 def device_state(device: torch.device) -> dict[str, Any] | None:

@@ -1,5 +1,7 @@
 """Peaks belong to a class; no time may beat them."""
 
+import time
+
 import pytest
 import torch
 
@@ -30,6 +32,19 @@ def test_a_cpus_peak_is_its_better_blas(monkeypatch, faster):
 
     monkeypatch.setattr(environment, "timer_for", lambda device: Timer())
     assert environment.measured_ceilings(torch.device("cpu")) == {"ieee": pytest.approx(2 * 2048**3 / 1e9)}
+
+
+def test_a_rate_counts_calls_that_the_device_ended():
+    queued, ended = [], []
+
+    def synchronize():
+        time.sleep(0.002 * len(queued))  # a device that needs 2 ms a call
+        ended.extend(queued)
+        queued.clear()
+
+    rate = environment.calls_a_second(lambda: queued.append(1), synchronize, 0.1)
+    assert not queued and ended
+    assert 250 < rate <= 500
 
 
 @pytest.mark.parametrize(
