@@ -553,6 +553,24 @@ def add_half(sums, index, part, h: gl.constexpr, x, SHAPE: gl.constexpr):
 
 
 @gluon.jit
+def less_delta(b, rings, SHAPE: gl.constexpr):
+    """-delta of the queries in stage b."""
+    q_ring, do_ring, stats_ring, q_full, do_full = rings
+    BM, BN, D, STAGES = SHAPE
+    return stats_ring.index(b).slice(BM, BM, 0).load(gl.SliceLayout(0, acc_layout(BM)))
+
+
+@gluon.jit
+def issue_dp(CID: gl.constexpr, b, less, rings, v_tile, slot, own, SHAPE: gl.constexpr, RESIDENT: gl.constexpr):
+    """Begin dP^T of the step in stage b. Its accumulator begins with less_delta(), which needs no registers beside p and dP then."""
+    q_ring, do_ring, stats_ring, q_full, do_full = rings
+    BM, BN, D, STAGES = SHAPE
+    v = own_keys(CID, v_tile, slot, own[1], RESIDENT)
+    begin, _ = gl.broadcast(less[None, :], gl.zeros([64, BM], gl.float32, acc_layout(BM)))
+    return warpgroup_mma(v, do_ring.index(b).permute((1, 0)), begin, is_async=True)
+
+
+@gluon.jit
 def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, s, dk, dv, end, rings, kv, slot, own, ds_tile, sums,
                edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
     """One query tile, the index-th of all heads': dv += p^T dO, dk += ds^T Q, and half of dQ to the sums, if not APART.
@@ -564,7 +582,6 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, s, dk, dv, end, 
     BM, BN, D, STAGES = SHAPE
     APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED, HALVES = HOW
     ds_ring, ds_free = ds_tile
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, acc_layout(BM))
     N: gl.constexpr = D * BM // 128
     dtype: gl.constexpr = q_ring.dtype
     if not APART:  # as in late_step(); where registers are free it costs 4 %
@@ -574,14 +591,9 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, s, dk, dv, end, 
     c = i % 2
     q = q_ring.index(b)
     do = do_ring.index(b)
-    stats = stats_ring.index(b)
-    v = own_keys(CID, v_tile, slot, own[1], RESIDENT)
-    zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
     mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
-    # dP's accumulator begins with -delta, which then needs no registers of its own beside p and dP
-    less, _ = gl.broadcast(stats.slice(BM, BM, 0).load(COLUMNS)[None, :], zeros)
-    dp_token = warpgroup_mma(v, do.permute((1, 0)), less, is_async=True)
-    p, slope = weights(i, s, stats, edges, maths, MASK, MASKS, SHAPE, LSE_FIRST, SOFTCAP)
+    dp_token = issue_dp(CID, b, less_delta(b, rings, SHAPE), rings, v_tile, slot, own, SHAPE, RESIDENT)
+    p, slope = weights(i, s, stats_ring.index(b), edges, maths, MASK, MASKS, SHAPE, LSE_FIRST, SOFTCAP)
     if DV_LATE:  # neither p nor ds is in flight, in 16 bits, while both are there in 32
         dp = warpgroup_mma_wait(0, deps=[dp_token])
     else:
@@ -670,24 +682,6 @@ def late_start(
         0, deps=[dv_token, issue_dp(CID, b, less_delta(b, rings, SHAPE), rings, v_tile, slot, own, SHAPE, RESIDENT)]
     )
     return slope, dp, dv
-
-
-@gluon.jit
-def less_delta(b, rings, SHAPE: gl.constexpr):
-    """-delta of the queries in stage b."""
-    q_ring, do_ring, stats_ring, q_full, do_full = rings
-    BM, BN, D, STAGES = SHAPE
-    return stats_ring.index(b).slice(BM, BM, 0).load(gl.SliceLayout(0, acc_layout(BM)))
-
-
-@gluon.jit
-def issue_dp(CID: gl.constexpr, b, less, rings, v_tile, slot, own, SHAPE: gl.constexpr, RESIDENT: gl.constexpr):
-    """Begin dP^T of the step in stage b, with less_delta() to begin with."""
-    q_ring, do_ring, stats_ring, q_full, do_full = rings
-    BM, BN, D, STAGES = SHAPE
-    v = own_keys(CID, v_tile, slot, own[1], RESIDENT)
-    begin, _ = gl.broadcast(less[None, :], gl.zeros([64, BM], gl.float32, acc_layout(BM)))
-    return warpgroup_mma(v, do_ring.index(b).permute((1, 0)), begin, is_async=True)
 
 
 @gluon.jit
