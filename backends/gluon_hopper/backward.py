@@ -18,6 +18,7 @@ import triton.language as tl
 
 from flash2.backends.gluon_hopper.compat import (
     FIRST_BARRIER,
+    WHOLE,
     fence_async_shared,
     gl,
     gluon,
@@ -981,7 +982,7 @@ def gluon_gradients_fused(
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
     SHAPE: gl.constexpr = (BM, BN, D, STAGES)
     # ptxas finds registers for dQ's additions in halves where nothing else wants them.
-    HALVES: gl.constexpr = not (FIXED or GROUPED or LEFT or TAIL)
+    HALVES: gl.constexpr = not (FIXED or GROUPED or LEFT or TAIL or WHOLE)
     HOW: gl.constexpr = (APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED, HALVES)
     schedule = (table, rounds, gl.cdiv(seq_kv, BN), rows, together)
     sizes = (heads_kv, group, seq_q, seq_kv)

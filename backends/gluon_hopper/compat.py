@@ -3,7 +3,7 @@
 Names that changed: gl.thread_barrier became gl.barrier (3.7), tma.async_copy_* became tma.async_load and async_store
 (3.8), the reducing store got a name at last (tma.async_atomic_add, 3.8; before, only the compiler had it), and shared
 memory's _reinterpret became reinterpret (3.9). Meaning that changed: names that a tuple of constants is unpacked into
-are constants themselves from 3.9 on only if they are annotated before.
+are constants themselves from 3.8 on only if they are annotated before.
 """
 
 import re
@@ -25,6 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 __all__ = [
     "FIRST_BARRIER",
     "ROOMY",
+    "WHOLE",
     "TensorDescriptor",
     "fence_async_shared",
     "gl",
@@ -47,6 +48,9 @@ FIRST_BARRIER = gl.constexpr(5)
 # Does the ptxas of this Triton, that of 3.6, find registers for Q beside a large O? Later ones spill.
 ROOMY = triton.__version__.startswith("3.6.")
 
+# Does it find registers for additions in halves (backward.add_half)? Those of 3.7 and 3.8 spill.
+WHOLE = gl.constexpr(triton.__version__.startswith(("3.7.", "3.8.")))
+
 _UNPACKED = re.compile(r"^( +)((?:\w+, )+\w+) = ([A-Z]+)(?=\s*(?:#.*)?$)", re.MULTILINE)
 
 
@@ -64,7 +68,7 @@ def _jit(function=None, **options):
     return kernel
 
 
-_names_stay_constants = not hasattr(gl.shared_memory_descriptor, "reinterpret")  # before 3.9
+_names_stay_constants = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 gluon = (
     _gluon if _names_stay_constants else types.SimpleNamespace(jit=_jit, constexpr_function=_gluon.constexpr_function)
 )

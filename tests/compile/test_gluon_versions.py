@@ -35,7 +35,7 @@ CHOICE = ["fwd-d64-full-2048", "fwd-d128-causal-512", "kv-d128-causal", "q-d256-
 # tuned. Nothing may get worse.
 SPILLING: dict[str, dict[str, int]] = {
     "3.7": {"kv-d64-causal": 16},
-    "3.9": {"q-d256-causal-deterministic": 8},
+    "3.9": {"kv-d64-causal": 8, "kv-d64-causal-deterministic": 8, "q-d256-causal-deterministic": 8},
 }
 
 
