@@ -679,9 +679,8 @@ def late_start(
     mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
     p, slope = weights(i, s, stats_ring.index(b), edges, maths, LEFT or RIGHT or TAIL, MASKS, SHAPE, LSE_FIRST, SOFTCAP)
     dv_token = warpgroup_mma(a_operand(p, D, q_ring.dtype), do_ring.index(b), dv, is_async=True)
-    dv, dp = warpgroup_mma_wait(
-        0, deps=[dv_token, issue_dp(CID, b, less_delta(b, rings, SHAPE), rings, v_tile, slot, own, SHAPE, RESIDENT)]
-    )
+    dp_token = issue_dp(CID, b, less_delta(b, rings, SHAPE), rings, v_tile, slot, own, SHAPE, RESIDENT)
+    dv, dp = warpgroup_mma_wait(0, deps=[dv_token, dp_token])
     return slope, dp, dv
 
 

@@ -112,7 +112,6 @@ class Training:
         # Step times of the backends in turn; who is left out, and the loss of the worker, go to stderr.
         request = {"op": "race", "backends": names, "device": device, "options": asked, "rounds": rounds}
         turns: dict[str, Quantiles] = {}
-        notes: list[str] = []
         bar = tqdm(
             total=(rounds + 1) * len(names), unit="turn", file=sys.stderr, disable=None, dynamic_ncols=True,
             desc="steps in turns", leave=False,
@@ -122,14 +121,13 @@ class Training:
                 if event["event"] == "turn":
                     bar.update()
                 elif event["event"] == "out":
-                    notes.append(f"steps in turns: without {event['backend']}: {event['reason']}\n")
+                    tqdm.write(f"steps in turns: without {event['backend']}: {event['reason']}", file=sys.stderr)
                 elif event["event"] == "end":
                     turns = {name: Quantiles(**spread) for name, spread in event["turns"].items()}
         except WorkerGone as gone:
-            notes.append(f"no steps in turns: {gone}\n")
+            tqdm.write(f"no steps in turns: {gone}", file=sys.stderr)
         finally:
             bar.close()
-        sys.stderr.write("".join(notes))
         return turns
 
     def _one(self, worker: Worker, base: Run, device: str, log: ResultFile | None) -> Run:

@@ -427,10 +427,8 @@ class Language:
             if x.abs().max() > 2**30:
                 raise Hazard(f"a part of dQ is {x.abs().max().item() / 2**30:.3g} times what its row's bound allows")
             return x.to(torch.int32)
-        if asm.startswith(
-            ("bar.warp.sync", "//", "mov.b32 $0, 0")
-        ):  # a warp's threads are one thread here; it is a comment
-            return Scalar(0)
+        # A warp's threads are one thread here; a comment does nothing.
+        if asm.startswith(("bar.warp.sync", "//", "mov.b32 $0, 0")):
             return Scalar(0)
         if "vote.sync" in asm:  # a product that is left out where it changes nothing
             return args[0] * args[1]

@@ -231,19 +231,9 @@ def trained(tmp_path_factory):
     """A folder in which bench.py has trained sdpa and a backend that dies, in turns as well; and what it printed."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "wild.py").write_text(CRASHES)
-    words = [
-        "train",
-        "--backends",
-        "sdpa,./wild.py:Crashes",
-        *TINY,
-        "--rounds",
-        "1",
-        "--out",
-        "a.jsonl",
-        "--plot",
-        "a.png",
-    ]
-    done = command(ROOT / "bench.py", *words, "--checkpoints", "kept", "--save-every", "5", cwd=folder)
+    words = ["train", "--backends", "sdpa,./wild.py:Crashes", *TINY, "--out", "a.jsonl", "--plot", "a.png"]
+    kept = ["--checkpoints", "kept", "--save-every", "5"]
+    done = command(ROOT / "bench.py", *words, *kept, "--rounds", "1", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "no steps in turns: the worker was killed by SIGSEGV" in done.stderr
     return folder, done.stdout
