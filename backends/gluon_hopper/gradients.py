@@ -16,10 +16,12 @@ from flash2.core.contract import TORCH_DTYPES, Spec, spec_of
 from flash2.core.problem import Problem
 
 TILE = 128  # queries: statistics and the accumulator of dQ are padded to whole ones
-TOGETHER = 16  # heads whose tiles take turns where tiles are uneven
+WAVES = 2  # tiles a multiprocessor of heads whose tiles take turns, where tiles are uneven
+TOGETHER = 16  # such heads at most, of the kernels that have no plan
 PER_TILE = 3.0  # what a key tile costs beside its steps, in steps
 CHUNKS = 32  # programs that look for the largest of a head's keys and values
-L2_SHARE = 40 << 20  # of 50 MB: bytes of Q, dO and dQ's accumulator in use at a time
+# Bytes of Q, dO and dQ's accumulator of those heads: twice what is in use at a time, for short tiles see half of it.
+L2_SHARE = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +176,9 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     tiles, pairs = -(-seq_kv // 128), batch * heads_kv
     together = how.together
     if not together:
-        together = heads_together(group * seq_q * d * (8 if how.fused else 4), RIGHT and not LEFT, pairs)
+        most = WAVES * launch.multiprocessors(q.device) // tiles if how.fused else TOGETHER
+        nbytes = group * seq_q * d * 8
+        together = heads_together(min(most, L2_SHARE // nbytes), RIGHT and not LEFT, pairs)
     sizes = (group, seq_q, seq_kv, left if LEFT else 0, right if RIGHT else 0, together, factor, cap, spec.scale)
     features = {"LEFT": LEFT, "RIGHT": RIGHT, "SOFTCAP": spec.softcap != 0}
 
@@ -238,16 +242,16 @@ def steps(start_n: int, m: int, seq_q: int, seq_kv: int, left: int | None, right
     return hi - lo if left is None else max(0, min(hi, -(-max(last + left - offset + 1, 0) // m)) - lo)
 
 
-def heads_together(nbytes: int, uneven: bool, pairs: int) -> int:
-    """How many of `pairs` heads' tiles take turns in the grid; nbytes: of Q, dO and dQ's accumulator of heads that share keys.
+def heads_together(most: int, uneven: bool, pairs: int) -> int:
+    """How many of `pairs` heads' tiles take turns in the grid, at most.
 
-    Where tiles are uneven, the longest of a few heads start before the short ones of any. What is read and added to
-    again and again should stay in the L2 cache. All groups are of about one size: of a last one with a head or two there
-    are too few tiles to go round, and the longest of them is what the others wait for.
+    Where tiles are uneven, the longest of a few heads start before the short ones of any. All groups are of about one
+    size: of a last one with a head or two there are too few tiles to go round, and the longest of them is what the
+    others wait for.
     """
     if not uneven:
         return 1
-    groups = -(-pairs // max(1, min(TOGETHER, L2_SHARE // nbytes)))
+    groups = -(-pairs // max(1, most))
     return -(-pairs // groups)
 
 

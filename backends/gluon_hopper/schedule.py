@@ -19,16 +19,18 @@ def fits(row_tiles: int, rows: int) -> bool:
 def plan(work: Sequence[float], rows: int, blocks: int, together: int) -> tuple[list[int], int]:
     """(table, rounds) for `blocks` blocks and the row tiles of `rows` heads, where work[m] is what row tile m costs.
 
-    table[round * blocks + block] is head << ROW_BITS | m, and after the rounds each block's number of them. Groups of
-    `together` heads follow one another, so that their K and V are read from device memory once; in a group the longest
-    tile goes first, to the block that has the least to do (Graham's rule: at most 4/3 of the best, here within 1 %).
+    table[round * blocks + block] is head << ROW_BITS | m, and after the rounds each block's number of them. Groups of up
+    to `together` heads, all of about one size, follow one another, so that what their tiles share is read from device
+    memory once; in a group the longest tile goes first, to the block that has the least to do (Graham's rule: at most
+    4/3 of the best, here within 1 %).
     """
     loads = [(0.0, block) for block in range(blocks)]
     mine: list[list[int]] = [[] for _ in range(blocks)]
     longest = sorted(range(len(work)), key=lambda m: -work[m])
-    for first in range(0, rows, together):
+    groups = -(-rows // together)
+    for group in range(groups):
         for m in longest:
-            for row in range(first, min(first + together, rows)):
+            for row in range(rows * group // groups, rows * (group + 1) // groups):
                 load, block = loads[0]
                 mine[block].append(row << ROW_BITS | m)
                 heapq.heapreplace(loads, (load + work[m], block))

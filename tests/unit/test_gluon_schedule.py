@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from flash2.backends.gluon_hopper.schedule import ROW_BITS, plan
@@ -30,3 +32,10 @@ def loads(mine: list[list[int]]) -> list[float]:
 def test_blocks_have_as_much_to_do():
     work = loads(blocks_of(WORK, 1024, 132, 128))
     assert max(work) < 1.01 * sum(work) / len(work)
+
+
+def test_groups_are_of_about_one_size():
+    """64 heads, ten at a time at most: not six groups of ten and then one of four, whose longest tile all wait for."""
+    tiles = [tile >> ROW_BITS for mine in blocks_of(WORK, 64, 1, 10) for tile in mine]
+    sizes = [len(set(tiles[i * 4 : j * 4])) for i, j in itertools.pairwise(64 * k // 7 for k in range(8))]
+    assert sizes == [9, 9, 9, 9, 9, 9, 10]
