@@ -96,19 +96,37 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """x (batch, seq, d_model) -> the same shape. With a cache x continues it: its queries see, bottom-right
         aligned where causal, every position that the cache holds, and the cache grows by seq."""
-        packed = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (batch, heads, seq, head_dim)
+        q, k, v = self.project(x, self.turns(x, cache))
+        return self.finish(self.attend(q, k, v, cache))
+
+    def turns(self, x: torch.Tensor, cache: KVCache | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The rotations of the positions of x, behind those in the cache; None without rotary."""
+        if self.rotary is None:
+            return None
+        return rotations(self.rotary, cache.length if cache else 0, x.shape[1], self.head_dim, x.device)
+
+    def project(
+        self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What comes before attention: (q, k, v) of x, each (batch, heads or kv_heads, seq, head_dim)."""
+        packed = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = packed.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary is not None:
-            turn = rotations(self.rotary, cache.length if cache else 0, x.shape[1], self.head_dim, x.device, v.dtype)
-            q, k = rotate(q, *turn), rotate(k, *turn)
+        if turns is not None:
+            cos, sin = (turn.to(v.dtype) for turn in turns)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q.to(v.dtype), k.to(v.dtype), v  # a norm may have widened q and k
+
+    def finish(self, o: torch.Tensor) -> torch.Tensor:
+        """What comes behind attention: o (batch, heads, seq, head_dim) -> (batch, seq, d_model)."""
+        return self.dropout(self.out(o.transpose(1, 2).flatten(2)))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """The attention alone, of q to k and v, or to the cache with k and v behind it; o (batch, heads, seq, head_dim)."""
+        dtype = q.dtype
         if cache is not None:
             k, v = cache.append(k, v)
-        o = self.attend(q.to(v.dtype), k.to(v.dtype), v)  # a norm may have widened q and k
-        return self.dropout(self.out(o.transpose(1, 2).flatten(2).to(packed.dtype)))
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The attention alone: q (batch, heads, seq_q, head_dim), k and v (batch, kv_heads, seq_kv, head_dim)."""
+            q = q.to(v.dtype)
         backend = self.backend
         if not isinstance(backend, Backend):
             backend = constant(core.find_backend, backend, q.device.type)
@@ -117,7 +135,7 @@ class MultiHeadAttention(nn.Module):
             backend=backend,
         )  # fmt: skip
         assert isinstance(o, torch.Tensor)  # return_lse is not asked for
-        return o
+        return o.to(dtype)
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for this layer, of the weights' dtype unless another is given."""
@@ -164,13 +182,13 @@ OURS = {
 
 
 def rotations(
-    base: float, start: int, seq: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    base: float, start: int, seq: int, head_dim: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin) of positions start .. start + seq - 1, each (seq, head_dim), sin with the sign of rotate()."""
+    """(cos, sin) of positions start .. start + seq - 1, each (seq, head_dim) float32, sin with the sign of rotate()."""
     half = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     angles = torch.arange(start, start + seq, device=device, dtype=torch.float32)[:, None] * base**-half
     sin = angles.sin()
-    return torch.cat([angles.cos()] * 2, -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+    return torch.cat([angles.cos()] * 2, -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,18 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """x (batch, seq, width) -> the same shape."""
-        x = x + self.attention(self.attention_norm(x), cache)
+        q, k, v = self.before(x, self.attention.turns(x, cache))
+        return self.after(x, self.attention.attend(q, k, v, cache))
+
+    def before(
+        self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(q, k, v) of x, as MultiHeadAttention.project()."""
+        return self.attention.project(self.attention_norm(x), turns)
+
+    def after(self, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+        """The block's output for its input x and attention's o."""
+        x = x + self.attention.finish(o)
         return x + self.dropout(self.down(F.gelu(self.up(self.mlp_norm(x)))))
 
 
@@ -74,6 +85,13 @@ class GPT(nn.Module):
         """Mean cross-entropy in nats per byte of windows (batch, seq + 1): each byte is told from those before it."""
         logits = self(windows[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+
+    def compile_around_attention(self, **options) -> None:
+        """torch.compile(**options) for all of a block but attention, which every backend gets called for as it is."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.before = torch.compile(block.before, **options)
+            block.after = torch.compile(block.after, **options)
 
     def attentions(self) -> list[MultiHeadAttention]:
         """The attention of each block, first to last."""

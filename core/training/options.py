@@ -23,7 +23,7 @@ SIZES: dict[str, dict[str, Any]] = {
               "optimizer": "muon", "precision": "bf16", "validation_tokens": 1 << 17},
     # 99 million parameters; 64 k tokens a step.
     "100m": {"layers": 14, "width": 768, "heads": 12, "context": 4096, "batch": 16, "steps": 300, "lr": 2e-3,
-             "warmup": 60, "optimizer": "muon", "precision": "bf16", "validation_tokens": 1 << 20},
+             "warmup": 60, "optimizer": "muon", "precision": "bf16", "validation_tokens": 1 << 20, "compile": True},
 }  # fmt: skip
 DEVICE_SIZES = {"cpu": "tiny", "cuda": "100m"}
 
@@ -53,7 +53,7 @@ class Options:
     clip: float = _option(1.0, "largest norm of the gradient", "X")
     dropout: float = _option(0.0, "on the output of each block's two halves", "X")
     precision: str = _option("ieee", f"bf16 (autocast), or a class of float32: {', '.join(CLASSES[1:])}", "C")
-    compile: bool = _option(False, "torch.compile the model (attention's share is then not measured)")
+    compile: bool = _option(False, "torch.compile the blocks but for their attention")
     seed: int = _option(0, "of the weights and of the batches", "N")
     validate_every: int = _option(50, "steps between validations; there is one at the end in any case", "N")
     validation_tokens: int = _option(1 << 15, "bytes that a validation looks at, the same every time", "N")
@@ -118,7 +118,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flags = (f"--{option.name.replace('_', '-')}",)
         about = f"{option.metadata['help']}"
         if option.default is False:
-            group.add_argument(*flags, action="store_true", default=argparse.SUPPRESS, help=about)
+            yes_or_no = argparse.BooleanOptionalAction
+            group.add_argument(*flags, action=yes_or_no, default=argparse.SUPPRESS, help=about)
             continue
         kind = float if isinstance(option.default, float) else str if isinstance(option.default, str) else _whole
         sized = [name for name in SIZES if option.name in SIZES[name]]

@@ -71,7 +71,7 @@ class Training:
                     Run(backend=backend, status="error", reason="-", options=asked.to_dict(), environment=environment)
                 )
             names = list(dict.fromkeys(base.backend for base in bases))
-            rounds = (0 if bases[0].options["compile"] else ROUNDS[kind]) if self.rounds is None else self.rounds
+            rounds = ROUNDS[kind] if self.rounds is None else self.rounds
             turns: dict[str, Quantiles] = {}
             if rounds and len(names) > 1 and any(base.key not in finished for base in bases):
                 turns = self._race(worker, names, bases[0].options, device, rounds)
@@ -210,8 +210,6 @@ def from_arguments(parsed: argparse.Namespace, backends: Sequence[str], seeds: S
         raise ValueError("save-every must be at least 1, timeout above 0")
     if parsed.rounds is not None and parsed.rounds < 0:
         raise ValueError(f"rounds must be 0 or more, not {parsed.rounds}")
-    if parsed.rounds and given.get("compile"):
-        raise ValueError("rounds must be 0 with --compile: in one process a backend gets what was compiled for another")
     if parsed.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError('--plot needs matplotlib: pip install "flash2-triton[plots]"')
     return Training(

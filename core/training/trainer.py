@@ -23,7 +23,7 @@ from flash2.core.cell import Emit, pick_device
 from flash2.core.compare import quantiles
 from flash2.core.contract import Backend
 from flash2.core.environment import PeakMemory, device_state, environment
-from flash2.core.mha import MultiHeadAttention
+from flash2.core.mha import KVCache, MultiHeadAttention
 from flash2.core.training import checkpoint, corpus
 from flash2.core.training.gpt import GPT
 from flash2.core.training.options import Options
@@ -77,6 +77,10 @@ def _train(
         emit({"event": "end", "status": "unsupported", "reason": str(error)})
     except torch.OutOfMemoryError as error:
         emit({"event": "end", "status": "oom", "reason": str(error).splitlines()[0]})
+    except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore[reportAttributeAccessIssue]
+        first = " ".join(str(error).partition("\n\n")[0].split())
+        reason = f"torch.compile failed: {first}; --no-compile trains without it"
+        emit({"event": "end", "status": "error", "reason": reason})
     except (
         Exception
     ) as error:  # of a backend, whatever it is: this run's row says it, the next run has a process of its own
@@ -126,9 +130,8 @@ class Trainer:
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
         self.model = GPT(options, backend).to(device)
-        self.loss: Callable[[torch.Tensor], torch.Tensor] = (
-            torch.compile(self.model.loss) if options.compile else self.model.loss
-        )
+        if options.compile:
+            self.model.compile_around_attention()
         self.optimizers = self._optimizers()
         text = corpus.standard_library()
         if min(len(text.train), len(text.validation)) <= options.context:
@@ -191,7 +194,7 @@ class Trainer:
             {"event": "start", "step": first, "losses": self.losses, "validation": self.validation,
              "parameters": self.parameters}
         )  # fmt: skip
-        watched = set() if options.compile else {options.steps * k // (SAMPLED + 1) for k in range(1, SAMPLED + 1)}
+        watched = {options.steps * k // (SAMPLED + 1) for k in range(1, SAMPLED + 1)}
         watched -= set(range(first + WARM))
         pending: Reading | None = None
         self.clock.begin()
@@ -226,7 +229,7 @@ class Trainer:
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = options.learning_rate(step)
         with self._maths():
-            loss = self.loss(windows)
+            loss = self.model.loss(windows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
         for optimizer in self.optimizers:
@@ -255,7 +258,7 @@ class Trainer:
         total = 0.0
         for windows in self.validation_text.split(self.options.batch):
             with self._maths():
-                total += self.loss(windows).item() * len(windows)
+                total += self.model.loss(windows).item() * len(windows)
         self.model.train()
         loss = total / len(self.validation_text)
         self.validation.append((self.step, loss))
@@ -270,7 +273,8 @@ class Trainer:
             return ""
         self.model.eval()
         begin, found = time.perf_counter(), bytearray()
-        with self._maths(), contextlib.suppress(NotImplementedError):
+        # Each length is a new shape: nothing to compile for.
+        with self._maths(), torch.compiler.set_stance("force_eager"), contextlib.suppress(NotImplementedError):
             for byte in self.model.generate(corpus.SEPARATOR, count, seed=self.options.seed):
                 found.append(byte)
                 if time.perf_counter() - begin > SAMPLE_SECONDS:
@@ -397,11 +401,13 @@ class AttentionClock:
         """The sum; on CUDA the device must have finished the step."""
         return sum(_between(*moments) for moments in self._moments)
 
-    def _timed(self, attend: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _timed(
+        self, attend: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache | None = None
+    ) -> torch.Tensor:
         forward: list[Any] = []
         backward: list[Any] = []
         q, k, v = _Enter.apply(q, k, v, self.device, forward, backward)  # pyright: ignore[reportGeneralTypeIssues]
-        o = _Leave.apply(attend(q, k, v), self.device, forward, backward)
+        o = _Leave.apply(attend(q, k, v, cache), self.device, forward, backward)
         self._moments += [forward, backward]
         return o  # pyright: ignore[reportReturnType]
 

@@ -85,7 +85,7 @@ def test_rotary_depends_on_distances_alone():
     q, k = noise(1, 1, 1, 8), noise(1, 1, 1, 8, seed=1)
 
     def product(at_q, at_k):
-        turn = [rotations(50.0, at, 1, 8, torch.device("cpu"), torch.float32) for at in (at_q, at_k)]
+        turn = [rotations(50.0, at, 1, 8, torch.device("cpu")) for at in (at_q, at_k)]
         return (rotate(q, *turn[0]) * rotate(k, *turn[1])).sum()
 
     torch.testing.assert_close(product(3, 1), product(40, 38), rtol=1e-4, atol=1e-5)

@@ -294,7 +294,6 @@ def test_a_checkpoint_of_another_model_is_the_users_to_mend(tmp_path):
         (["bench.py", "train", "--width", "many"], "'many' is no size"),
         (["bench.py", "train", "--rounds", "-1"], "rounds must be 0 or more, not -1"),
         (["bench.py", "train", "--rounds", "few"], "invalid int value: 'few'"),
-        (["bench.py", "train", "--compile", "--rounds", "2"], "rounds must be 0 with --compile"),
         (["bench.py", "train", "--lr", "nan"], "lr must be above 0"),
         (["bench.py", "train", "--out", "/proc/no/such/a.jsonl"], "/proc/no"),
         (["examples/train_gpt.py", "--backend", "tritn"], "unknown backend 'tritn'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import resource
 import time
@@ -18,7 +19,7 @@ from flash2.core.training.checkpoint import CheckpointError
 from flash2.core.training.gpt import GPT
 from flash2.core.training.options import SIZES, Options, chosen
 from flash2.core.training.runs import Run, largest_gap
-from flash2.core.training.trainer import AttentionClock, Diverged, Trainer
+from flash2.core.training.trainer import AttentionClock, Diverged, Trainer, handle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -210,6 +211,13 @@ class Slow(Naive):
         return super().backward(do, q, k, v, o, lse, spec)
 
 
+def quietly_compiled(test):
+    """A test during which torch's compiler does what torch itself warns of."""
+    for warning in ("ignore:.*should not be instantiated:DeprecationWarning", "ignore:The .grad attribute:UserWarning"):
+        test = pytest.mark.filterwarnings(warning)(test)
+    return test
+
+
 def test_attentions_share_is_of_both_passes_of_every_layer():
     trained, clock = trainer(Slow()), AttentionClock(CPU)
     begin = time.perf_counter()
@@ -230,15 +238,64 @@ def test_what_a_run_reports():
     assert len([e for e in events if e["event"] == "share"]) == 4  # the first of five falls into the warm-up
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does so
+@quietly_compiled
 def test_compiled_it_is_the_same_model():
     eager = trainer("naive", steps=2)
     eager.run()
     torch.compiler.reset()
     compiled = trainer("naive", steps=2)
-    compiled.loss = torch.compile(compiled.model.loss, backend="eager")
+    compiled.model.compile_around_attention(backend="eager")
     compiled.run()
     assert compiled.losses == pytest.approx(eager.losses, rel=1e-6)
+
+
+@quietly_compiled
+def test_what_is_compiled_serves_every_layer_and_every_backend():
+    """One graph before and one behind attention, in training and in validation; attention is in none of them."""
+    torch.compiler.reset()
+    graphs = []
+
+    def note(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    for backend in ("naive", "sdpa"):
+        compiled = trainer(backend, layers=3, steps=9, validate_every=4, sample=3, validation_tokens=192)
+        compiled.model.compile_around_attention(backend=note)
+        figures = compiled.run()
+        assert 0 < figures["attention_share"] < 1
+    assert len(graphs) == 4
+    assert not any(word in graph for graph in graphs for word in ("softmax", "scaled_dot_product", "flash2"))
+
+
+@quietly_compiled
+def test_a_compiler_that_fails_is_named_with_the_way_around_it(monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(
+        GPT, "compile_around_attention", functools.partialmethod(GPT.compile_around_attention, backend=refuse)
+    )
+    events = []
+    options = dataclasses.asdict(trainer(steps=2).options) | {"compile": True}
+    handle(
+        events.append,
+        {
+            "op": "train",
+            "backend": "naive",
+            "device": "cpu",
+            "options": options,
+            "file": None,
+            "save_every": 0,
+            "resume": False,
+        },
+    )
+    assert events[-1]["status"] == "error"
+    assert "RuntimeError: no compiler here" in events[-1]["reason"] and "--no-compile" in events[-1]["reason"]
+    assert "\n" not in events[-1]["reason"]
+
+
+def refuse(graph, inputs):
+    """A compiler's backend that has no compiler."""
+    raise RuntimeError("no compiler here\nand more lines")
 
 
 # ---- steps in turns
