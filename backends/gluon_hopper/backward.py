@@ -313,22 +313,30 @@ def rows_used(D: gl.constexpr):
     gl.inline_asm_elementwise("// $0 $1", "=r,r", [rows], dtype=gl.int32, is_pure=False, pack=1)
 
 
+# The order in which programs own key tiles: in turns, as planned, or all those of a head one program.
+IN_TURNS, PLANNED, BY_HEADS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+
+
 @gluon.jit
-def block_count(schedule, PLANNED: gl.constexpr):
+def block_count(schedule, ORDER: gl.constexpr):
     """How many key tiles this program owns, one after the other."""
     table, rounds, tiles, rows, together = schedule
-    if PLANNED:
+    if ORDER == PLANNED:
         return planned_count(table, rounds)
+    elif ORDER == BY_HEADS:
+        return gl.cdiv(rows - gl.program_id(0), gl.num_programs(0)) * tiles
     else:
         return gl.cdiv(tiles * rows - gl.program_id(0), gl.num_programs(0))
 
 
 @gluon.jit
-def block_at(r, schedule, PLANNED: gl.constexpr):
-    """(key tile, (batch, head of keys)) of this program's round r: as planned (schedule.py), or program by program."""
+def block_at(r, schedule, ORDER: gl.constexpr):
+    """(key tile, (batch, head of keys)) of this program's round r."""
     table, rounds, tiles, rows, together = schedule
-    if PLANNED:
+    if ORDER == PLANNED:  # schedule.py
         return planned_tile(table, r)
+    elif ORDER == BY_HEADS:
+        return r % tiles, r // tiles * gl.num_programs(0) + gl.program_id(0)
     else:  # causal: the first keys are seen by the most rows
         return program_tile(r * gl.num_programs(0) + gl.program_id(0), tiles, rows, together)
 
@@ -381,7 +389,7 @@ def load_queries(descs, rings, step, g, SHAPE: gl.constexpr):
 @gluon.jit
 def load_ahead(
     ahead, until, limit, count, descs, kv_descs, rings, kv, schedule, sizes, band,
-    SHAPE: gl.constexpr, MASKS: gl.constexpr, PLANNED: gl.constexpr,
+    SHAPE: gl.constexpr, MASKS: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """Load until step `until`, or the end of the program's key tile before `limit`, whose buffers are not free yet.
 
@@ -411,7 +419,7 @@ def load_ahead(
         if i >= total:
             i = 0
             r += 1
-            tile, row = block_at(gl.minimum(r, count - 1), schedule, PLANNED)
+            tile, row = block_at(gl.minimum(r, count - 1), schedule, ORDER)
         place, walk, _steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
         total = walk[1] * walk[3]
         batch, head, t, index = step_at(place, walk, i)
@@ -420,32 +428,32 @@ def load_ahead(
 
 @gluon.jit
 def fused_producer(
-    descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE: gl.constexpr, MASKS: gl.constexpr, PLANNED: gl.constexpr,
+    descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE: gl.constexpr, MASKS: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """Partition 0: loads K and V of every key tile, Q and dO and statistics of every step; stores dK and dV. The loads of
     the next key tile begin before this one is done."""
     k_desc, v_desc, dk_desc, dv_desc = kv_descs
     k_tile, v_tile, k_full, v_full, finished = kv
     BM, BN, D, STAGES = SHAPE
-    count = block_count(schedule, PLANNED)
-    tile, row = block_at(0, schedule, PLANNED)
+    count = block_count(schedule, ORDER)
+    tile, row = block_at(0, schedule, ORDER)
     g = 0  # steps of the key tiles before
     place, walk, _steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
     batch, head, t, index = step_at(place, walk, 0)
     ahead = load_ahead(
         (0, 0, 0, tile, row, walk[1] * walk[3], batch, head, t, index), STAGES, gl.minimum(SLOTS, count), count,
-        descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE, MASKS, PLANNED,
+        descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE, MASKS, ORDER,
     )  # fmt: skip
     for r in range(count):
         place, walk, _steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
         batch, head_kv, start_n = place
         total = walk[1] * walk[3]
-        tile, row = block_at(gl.minimum(r + 1, count - 1), schedule, PLANNED)
+        tile, row = block_at(gl.minimum(r + 1, count - 1), schedule, ORDER)
         limit = gl.minimum(r + SLOTS, count)
         for i in range(g, g + total):
             everyone_sync(FREE + i % STAGES)
             ahead = load_ahead(
-                ahead, i + 1 + STAGES, limit, count, descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE, MASKS, PLANNED,
+                ahead, i + 1 + STAGES, limit, count, descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE, MASKS, ORDER,
             )  # fmt: skip
         g += total
         mbarrier.wait(finished.index(r % 2), (r // 2) & 1)
@@ -454,7 +462,7 @@ def fused_producer(
             store_rows(dk_desc, (batch, head_kv), start_n + part * 64, half(k_tile, r % SLOTS, part, D))
         ahead = load_ahead(  # of tiles with fewer steps than stages
             ahead, g + STAGES, gl.minimum(r + 1 + SLOTS, count), count, descs, kv_descs, rings, kv, schedule, sizes, band,
-            SHAPE, MASKS, PLANNED,
+            SHAPE, MASKS, ORDER,
         )  # fmt: skip
     tma_store_wait(0)
 
@@ -801,7 +809,7 @@ def late_walk(CID: gl.constexpr, first, begun, base, before, p, dp, dk, dv, step
 
 @gluon.jit
 def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, sums, schedule, sizes, band, maths, scale,
-                   SHAPE: gl.constexpr, MASKS: gl.constexpr, PLANNED: gl.constexpr, HOW: gl.constexpr,
+                   SHAPE: gl.constexpr, MASKS: gl.constexpr, ORDER: gl.constexpr, HOW: gl.constexpr,
                    GROUPED: gl.constexpr):  # fmt: skip
     """Partitions 1 and 2: dK and dV of 64 keys of every key tile, in registers from its first step to its last."""
     k_tile, v_tile, k_full, v_full, finished = kv
@@ -809,11 +817,11 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, sums, schedule, sizes,
     BM, BN, D, STAGES = SHAPE
     APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED, HALVES = HOW
     dtype: gl.constexpr = k_tile.dtype
-    count = block_count(schedule, PLANNED)
-    tile, row = block_at(0, schedule, PLANNED)
+    count = block_count(schedule, ORDER)
+    tile, row = block_at(0, schedule, ORDER)
     g = 0  # steps of the key tiles before
     for r in range(count):
-        tile_next, row_next = block_at(gl.minimum(r + 1, count - 1), schedule, PLANNED)
+        tile_next, row_next = block_at(gl.minimum(r + 1, count - 1), schedule, ORDER)
         place, walk, steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
         n = steps[2]
         total = n * group if GROUPED else n
@@ -881,19 +889,27 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, sums, schedule, sizes,
 
 
 @gluon.jit
+def additions_done():
+    """Wait until TMA has carried out this thread's additions; tma_store_wait() waits until it has read what to add."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def dq_group(acc_desc, kv, ds_tile, sums, staging, schedule, sizes, band,
-             SHAPE: gl.constexpr, MASKS: gl.constexpr, PLANNED: gl.constexpr, FIXED: gl.constexpr):  # fmt: skip
+             SHAPE: gl.constexpr, MASKS: gl.constexpr, ORDER: gl.constexpr, FIXED: gl.constexpr):  # fmt: skip
     """Partition 3, if dQ has a group of its own: dQ of every step, in parts of 64 x 64. TMA's additions, by way of shared
     memory, are the faster ones for who has the time."""
     k_tile, v_tile, k_full, v_full, finished = kv
     ds_ring, ds_free = ds_tile
     BM, BN, D, STAGES = SHAPE
     PARTS: gl.constexpr = BM * D // (64 * 64)
-    count = block_count(schedule, PLANNED)
-    tile, row = block_at(0, schedule, PLANNED)
+    count = block_count(schedule, ORDER)
+    tile, row = block_at(0, schedule, ORDER)
     i = 0
     for r in range(count):
-        tile_next, row_next = block_at(gl.minimum(r + 1, count - 1), schedule, PLANNED)
+        tile_next, row_next = block_at(gl.minimum(r + 1, count - 1), schedule, ORDER)
         place, walk, _steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
         slot = r % SLOTS
         mbarrier.wait(k_full.index(slot), (r // SLOTS) & 1)
@@ -922,6 +938,8 @@ def dq_group(acc_desc, kv, ds_tile, sums, staging, schedule, sizes, band,
             i += 1
         if total > 0:
             everyone_arrive(DONE)
+        if ORDER == BY_HEADS:
+            additions_done()
         tile = tile_next
         row = row_next
     tma_store_wait(0)
@@ -942,13 +960,14 @@ def gluon_gradients_fused(
     rows, heads_kv, group, seq_q, seq_kv, left, right, together, factor, cap, scale, rounds,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, GROUPED: gl.constexpr, SOFTCAP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, FIXED: gl.constexpr,
-    APART: gl.constexpr, DQ_LATE: gl.constexpr, PLANNED: gl.constexpr, LSE_FIRST: gl.constexpr, DV_LATE: gl.constexpr, RESIDENT: gl.constexpr,
+    APART: gl.constexpr, DQ_LATE: gl.constexpr, ORDER: gl.constexpr, LSE_FIRST: gl.constexpr, DV_LATE: gl.constexpr, RESIDENT: gl.constexpr,
 ):  # fmt: skip
     """dv = sum p^T dO, dk = sum ds^T Q of key tiles of 128, all query heads that share them, and dQ += ds K.
 
     dQ goes to acc, a tile after the other, each in the order in which threads hold it: in float32, or, with FIXED, each
     row times its factor, as 32-bit integers. With APART a group of its own computes it. Persistent: a program owns one
-    key tile after the other, as table says if PLANNED.
+    key tile after the other. BY_HEADS adds to a row of dQ in one order: those of a head are one program's, and what adds to
+    an element is always the same thread, or TMA, which is waited for.
     """
     dtype: gl.constexpr = q_desc.dtype
     L: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -981,7 +1000,7 @@ def gluon_gradients_fused(
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
     SHAPE: gl.constexpr = (BM, BN, D, STAGES)
     # ptxas finds registers for dQ's additions in halves where nothing else wants them.
-    HALVES: gl.constexpr = not (FIXED or GROUPED or LEFT or TAIL or WHOLE)
+    HALVES: gl.constexpr = not (FIXED or GROUPED or LEFT or TAIL or WHOLE or ORDER == BY_HEADS)
     HOW: gl.constexpr = (APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED, HALVES)
     schedule = (table, rounds, gl.cdiv(seq_kv, BN), rows, together)
     sizes = (heads_kv, group, seq_q, seq_kv)
@@ -991,16 +1010,16 @@ def gluon_gradients_fused(
     sums = (acc, factors if FIXED else scale)
     if APART:
         gl.warp_specialize([
-            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), rings, kv, schedule, sizes, band, SHAPE, MASKS, PLANNED)),
-            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
-            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
-            (dq_group, (acc_desc, kv, ds_tile, sums, staging, schedule, sizes, band, SHAPE, MASKS, PLANNED, FIXED)),
+            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), rings, kv, schedule, sizes, band, SHAPE, MASKS, ORDER)),
+            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, ORDER, HOW, GROUPED)),
+            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, ORDER, HOW, GROUPED)),
+            (dq_group, (acc_desc, kv, ds_tile, sums, staging, schedule, sizes, band, SHAPE, MASKS, ORDER, FIXED)),
         ], [4, 4, 4], [208, 208, 72])  # fmt: skip
     else:
         gl.warp_specialize([
-            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), rings, kv, schedule, sizes, band, SHAPE, MASKS, PLANNED)),
-            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
-            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, PLANNED, HOW, GROUPED)),
+            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), rings, kv, schedule, sizes, band, SHAPE, MASKS, ORDER)),
+            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, ORDER, HOW, GROUPED)),
+            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, ORDER, HOW, GROUPED)),
         ], [4, 4], [240, 240])  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from flash2.backends.gluon_hopper.launch import LOG2E, empty_like, layout, reada
 from flash2.core.contract import TORCH_DTYPES, Spec, spec_of
 from flash2.core.problem import Problem
 
+META = torch.device("meta")
 TILE = 128  # queries: statistics and the accumulator of dQ are padded to whole ones
 WAVES = 2  # tiles a multiprocessor of heads whose tiles take turns, where tiles are uneven
 TOGETHER = 16  # such heads at most, of the kernels that have no plan
@@ -22,6 +23,7 @@ PER_TILE = 3.0  # what a key tile costs beside its steps, in steps
 CHUNKS = 32  # programs that look for the largest of a head's keys and values
 # Bytes of Q, dO and dQ's accumulator of those heads: twice what is in use at a time, for short tiles see half of it.
 L2_SHARE = 64 << 20
+HEADS_SHARE = 40 << 20  # of the same, of as many heads as there are multiprocessors
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +32,9 @@ class Config:
 
     block_m, stages: queries a tile, and tiles in flight, of the kernel that owns keys. lse_first: the accumulator
     of S begins with -lse. dv_late: dV's product begins behind dS.
-    Fused: fixed: dQ is added up in fixed point, the same in any order; apart: dQ is computed by a third group;
-    dq_late: a step later, beside the softmax; resident_kv: K and V are register operands.
+    Fused: fixed: dQ is added up in fixed point, the same in any order; by_heads: in float32, in one order, since one
+    program owns all keys of a head; apart: dQ is computed by a third group; dq_late: a step later, beside the softmax;
+    resident_kv: K and V are register operands.
     block_n, k_stages, v_stages: keys a tile, and tiles in flight, of the kernel that owns queries. together: how many
     heads' tiles take turns in the grid; 0: 1, or a few where a causal mask makes tiles uneven.
     """
@@ -42,6 +45,7 @@ class Config:
     lse_first: bool = False
     dv_late: bool = False
     fixed: bool = False
+    by_heads: bool = False
     apart: bool = False
     dq_late: bool = False
     resident_kv: bool = False
@@ -58,20 +62,32 @@ class Config:
             "resident_kv": "K and V resident",
         }  # fmt: skip
         how = [f"{self.block_m}x128 s{self.stages}", *(name for field, name in names.items() if getattr(self, field))]
-        sums = "fixed point: deterministic" if self.fixed else "float32 atomics: not deterministic"
+        sums = "float32 atomics: not deterministic"
+        if self.fixed or self.by_heads:
+            sums = f"{'fixed point' if self.fixed else 'float32, a head by one program'}: deterministic"
         return f"fused, {' '.join(how)}, dQ by {sums}"
 
 
-def choose(block_d: int, softcap: bool, deterministic: bool) -> Config:
-    """The configuration for a head_dim padded to block_d. A softcap's slope takes registers: its tiles are smaller."""
+def choose(block_d: int, softcap: bool, deterministic: bool, by_heads: bool = False) -> Config:
+    """The configuration for a head_dim padded to block_d; by_heads: the deterministic one of whole_heads(). A softcap's
+    slope takes registers: its tiles are smaller."""
     if block_d == 256:  # dK, dV and dQ of one tile do not fit together: the deterministic way is the fast one
         return Config(fused=False, block_m=64, block_n=32 if softcap else 64, v_stages=1)
-    fused = functools.partial(Config, fused=True, fixed=deterministic, block_m=64)
+    by_heads = deterministic and by_heads
+    fused = functools.partial(Config, fused=True, fixed=deterministic and not by_heads, by_heads=by_heads, block_m=64)
     if softcap:
         return fused()
     if block_d == 128:
         return fused(lse_first=True, dq_late=True)
     return fused(stages=3, lse_first=True, apart=True, resident_kv=True, dv_late=True)
+
+
+def whole_heads(pairs: int, nbytes: int, blocks: int) -> bool:
+    """Can each of `blocks` programs own all keys of a head, and be as fast? nbytes: of Q, dO and dQ's sums of a head's keys.
+
+    They walk over all of them once for each key tile, all programs at once: that should not be device memory's work.
+    """
+    return pairs >= blocks and blocks * nbytes <= HEADS_SHARE
 
 
 def differentiate(
@@ -163,7 +179,9 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     left, right = spec.band
     LEFT = left is not None and left < seq_kv - 1  # else it hides nothing
     RIGHT = right is not None and right < seq_q - 1
-    how = config or choose(d, spec.softcap != 0, deterministic)
+    pairs = batch * heads_kv
+    by_heads = not LEFT and whole_heads(pairs, group * seq_q * d * 8, launch.multiprocessors(q.device))
+    how = config or choose(d, spec.softcap != 0, deterministic, by_heads)
     factor, cap = spec.scale * LOG2E, 0.0
     if spec.softcap:
         factor, cap = 2 * spec.scale * LOG2E / spec.softcap, spec.softcap * LOG2E
@@ -173,7 +191,7 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     rows = batch * heads
     m = how.block_m
     even = seq_q == padded and head_dim == d
-    tiles, pairs = -(-seq_kv // 128), batch * heads_kv
+    tiles = -(-seq_kv // 128)
     together = how.together
     if not together:
         most = WAVES * launch.multiprocessors(q.device) // tiles if how.fused else TOGETHER
@@ -205,13 +223,16 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
         work = [
             steps(128 * j, m, seq_q, seq_kv, left if LEFT else None, right if RIGHT else None) for j in range(tiles)
         ]
-        table, rounds = launch.planned([group * n + PER_TILE for n in work], pairs, programs, together, q.device)
+        table, rounds = None, 0
+        if not how.by_heads:
+            table, rounds = launch.planned([group * n + PER_TILE for n in work], pairs, programs, together, q.device)
+        order = backward.BY_HEADS if how.by_heads else backward.IN_TURNS if table is None else backward.PLANNED
         kv = Launch(
             backward.gluon_gradients_fused, (programs,),
             ((m, d), (128, d), (128, d), (m, d), (64, d), (64, d), (2 * m,), None if how.fixed else (128, 32), None, None, None),
             (pairs, heads_kv, *sizes, rounds),
             dict(constants, BM=m, BN=128, FIXED=how.fixed, APART=how.apart, DQ_LATE=how.dq_late,
-                 PLANNED=table is not None, LSE_FIRST=lse_first, DV_LATE=how.dv_late,
+                 ORDER=order.value, LSE_FIRST=lse_first, DV_LATE=how.dv_late,
                  RESIDENT=how.resident_kv),
         )  # fmt: skip
         columns = 64 if how.apart else d * m // 128  # of the parts, of 64 rows, in which dQ is added up
@@ -272,7 +293,11 @@ class Launch(launch.Launch):
 
 def chosen(problem: Problem, deterministic: bool) -> Config:
     """The configuration of a backward."""
-    return choose(block_d(problem.head_dim), problem.softcap != 0, deterministic)
+    d, pairs = block_d(problem.head_dim), problem.batch * problem.heads_kv
+    nbytes = problem.heads_q // problem.heads_kv * problem.seq_q * d * 8
+    left = spec_of(problem).band[0]
+    by_heads = (left is None or left >= problem.seq_kv - 1) and whole_heads(pairs, nbytes, launch.multiprocessors(META))
+    return choose(d, problem.softcap != 0, deterministic, by_heads)
 
 
 def described(problem: Problem, deterministic: bool = False) -> list[str]:

@@ -30,13 +30,22 @@ FEATURES = {
     "window": {"causal": True, "window": (512, 0)},
     "softcap": {"softcap": 30.0},
     "all-rest": {"heads_kv": 2, "window": (512, 512), "softcap": 30.0, **REST},
+    "many": {"batch": 64, "seq_q": 256},
+    "many-causal-rest": {"batch": 64, "heads_kv": 2, "causal": True, "seq_q": 100},
+    "many-softcap": {"batch": 64, "seq_q": 256, "causal": True, "softcap": 30.0},
 }
 MATRIX = {
     f"d{head_dim}-{dtype}-{feature}{'-deterministic' * deterministic}": (head_dim, dtype, feature, deterministic)
     for head_dim, dtype, feature, deterministic in product((64, 128, 256), ("bf16", "fp16"), FEATURES, (False, True))
     if head_dim < 256 or deterministic  # the only way there
 }
-CHOICE = ["d64-fp16-causal", "d128-bf16-gqa-causal", "d128-bf16-causal-deterministic", "d256-bf16-causal-deterministic"]
+CHOICE = [
+    "d64-fp16-causal",
+    "d128-bf16-gqa-causal",
+    "d128-bf16-causal-deterministic",
+    "d128-fp16-many-deterministic",
+    "d256-bf16-causal-deterministic",
+]
 
 
 def problem_of(head_dim: int, dtype: str, feature: str, deterministic: bool) -> Problem:

@@ -284,6 +284,7 @@ class Machine:
         self.error: BaseException | None = None
         self.live: list[Partition] = []
         self.flights: list[Callable[[], None]] = []  # TMA loads that have not landed
+        self.additions: list[tuple[Partition, Callable[[], None]]] = []  # TMA's, whose and what, not carried out yet
         self.bars: dict[int, Named] = {}
         self.program = (0,)
 
@@ -313,6 +314,8 @@ class Machine:
             if not able and not self.flights:
                 who = "; ".join(f"{p.name} waits for {p.waits_for}" for p in self.live)
                 raise Hazard(f"deadlock: {who}")
+            if self.additions and self.random.random() < self.haste["additions"]:
+                self.additions.pop(self.random.randrange(len(self.additions)))[1]()
             weights = [self.haste[p] for p in able] + [self.haste[None]] * bool(self.flights)
             chosen = self.random.choices([*able, None][: len(weights)], weights)[0]
             if chosen is not None:
@@ -328,6 +331,7 @@ class Machine:
         self.live = [Partition(n, t, main.clock) for n, t in zip(names, threads, strict=True)]
         # Now and then a partition, or the memory, is much slower than the rest.
         self.haste = {p: self.random.choice((1, 1, 5, 30)) for p in [*self.live, None]}
+        self.haste["additions"] = self.random.choice((1.0, 0.002))
         everyone = list(self.live)
         bodies = [
             threading.Thread(target=self._body, args=(p, main, *w), daemon=True)
@@ -351,6 +355,7 @@ class Machine:
         try:
             if not self.error:
                 function(*arguments)
+                self.additions_done()
                 if me.wgmmas or me.stores:
                     raise Hazard(f"{me.name} ends with a {'wgmma' if me.wgmmas else 'TMA store'} in flight")
         except _Stopped:
@@ -480,10 +485,22 @@ class Machine:
         """TMA, shared to global memory; reads its source until store_wait."""
         self.pause()
         self.access(source, writes=False, asynchronous=True, record=False)
-        descriptor.write(coord, source.values, add)
+        if add:
+            values, target = source.values.clone(), tuple(coord)
+            self.additions.append((self.current, lambda: descriptor.write(target, values, True)))
+        else:
+            descriptor.write(coord, source.values)
         reader = source.low, source.high, f"a TMA store of {self.current.name}"
         source.home.readers.append(reader)
         self.current.stores.append((source, reader))
+
+    def additions_done(self) -> None:
+        """All additions of the running partition have been carried out."""
+        self.pause()
+        mine = [addition for addition in self.additions if addition[0] is self.current]
+        self.additions = [addition for addition in self.additions if addition[0] is not self.current]
+        for _, land in self.random.sample(mine, len(mine)):
+            land()
 
     def store_wait(self, pendings=0):
         """All but the last `pendings` stores of the running partition have read their sources."""

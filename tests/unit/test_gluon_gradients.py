@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from flash2.backends.gluon_hopper import gradients
+from flash2.core.problem import Problem
 
 
 @pytest.mark.parametrize("m", [64, 128])
@@ -28,3 +29,26 @@ def test_steps_are_the_query_tiles_that_see_a_key(m, seq_q, seq_kv, left, right)
 
 def test_steps_of_a_causal_mask():
     assert [gradients.steps(start, 64, 512, 512, None, 0) for start in (0, 128, 256, 384)] == [8, 6, 4, 2]
+
+
+MANY = Problem(batch=32, heads_q=32, seq_q=512, head_dim=64, dtype="bf16", causal=True, pass_="bwd")
+
+
+@pytest.mark.parametrize(
+    ("changes", "way"),
+    [
+        ({}, "a head by one program"),
+        ({"batch": 4}, "fixed point"),  # fewer heads than multiprocessors
+        ({"heads_kv": 4}, "fixed point"),  # and of keys
+        ({"seq_q": 1024}, "fixed point"),  # more than the L2 cache holds
+        ({"window": (100, 0)}, "fixed point"),
+        ({"window": (511, 0)}, "a head by one program"),  # hides nothing
+        ({"head_dim": 256}, "two kernels"),
+    ],
+    ids=str,
+)
+def test_how_the_deterministic_backward_adds_dq_up(changes, way):
+    (line,) = gradients.described(MANY.replace(**changes), deterministic=True)
+    assert way in line and "deterministic" in line and "not deterministic" not in line
+    kernels = gradients.planned(MANY.replace(**changes), True)
+    assert ("maxima" in kernels) == (way == "fixed point")
