@@ -127,10 +127,12 @@ def test_on_a_gpu_in_bf16(backend, pytestconfig):
     figures = ours.run()
     theirs = Trainer(options, get_backend("sdpa"), device, events.append)
     theirs.run()
-    gap, step = largest_gap(as_run(ours), as_run(theirs))
-    assert gap < 0.03, f"at step {step}"
+    # Fifteen steps: rounding alone moves the curves by 2e-4 until then, by 0.1 until the end; a lost dq moves them by 7e-3.
+    gap = max(abs(mine - other) / other for mine, other in zip(ours.losses[:15], theirs.losses[:15], strict=True))
+    assert gap < 2e-3
     assert 0 < figures["attention_share"] < 1 and figures["step_ms"]["p20"] > 0 and figures["peak_bytes"] > 1 << 20
-    assert figures["sample"] and ours.losses[-1] < 3.6
+    assert ours.losses[-1] < 3.6
+    assert figures["sample"] or backend == "sdpa-cudnn"  # cuDNN has nothing for a single key
     assert len(spans := ours.burst(3)) == 3 and min(spans) > 0
 
 
