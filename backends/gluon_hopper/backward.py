@@ -18,6 +18,7 @@ import triton.language as tl
 
 from flash2.backends.gluon_hopper.compat import (
     FIRST_BARRIER,
+    HASTY,
     WHOLE,
     fence_async_shared,
     gl,
@@ -593,8 +594,10 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, s, dk, dv, end, 
     ds_ring, ds_free = ds_tile
     N: gl.constexpr = D * BM // 128
     dtype: gl.constexpr = q_ring.dtype
-    if not APART:  # as in late_step(); where registers are free it costs 4 %
+    # As in late_step(); where registers are free it costs 4 %.
+    if not APART or (HASTY and MASKS[1]):
         i += opaque_zero()
+    if not APART:
         index += opaque_zero()
     b = i % STAGES
     c = i % 2

@@ -24,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 __all__ = [
     "FIRST_BARRIER",
+    "HASTY",
     "ROOMY",
     "WHOLE",
     "TensorDescriptor",
@@ -50,6 +51,10 @@ ROOMY = triton.__version__.startswith("3.6.")
 
 # Does it find registers for additions in halves (backward.add_half)? Those of 3.7 and 3.8 spill.
 WHOLE = gl.constexpr(triton.__version__.startswith(("3.7.", "3.8.")))
+
+# Does it reckon numbers of the next step beside this one's, where a mask has left no register (backward.fused_step)? That
+# of 3.9 spills for it.
+HASTY = gl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9))
 
 _UNPACKED = re.compile(r"^( +)((?:\w+, )+\w+) = ([A-Z]+)(?=\s*(?:#.*)?$)", re.MULTILINE)
 
