@@ -46,15 +46,17 @@ __all__ = [
 # one for each of up to three worker partitions.
 FIRST_BARRIER = gl.constexpr(5)
 
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
 # Does the ptxas of this Triton, that of 3.6, find registers for Q beside a large O? Later ones spill.
-ROOMY = triton.__version__.startswith("3.6.")
+ROOMY = _VERSION == (3, 6)
 
 # Does it find registers for additions in halves (backward.add_half)? Those of 3.7 and 3.8 spill.
-WHOLE = gl.constexpr(triton.__version__.startswith(("3.7.", "3.8.")))
+WHOLE = gl.constexpr(_VERSION in ((3, 7), (3, 8)))
 
 # Does it reckon numbers of the next step beside this one's, where a mask has left no register (backward.fused_step)? That
 # of 3.9 spills for it.
-HASTY = gl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9))
+HASTY = gl.constexpr(_VERSION >= (3, 9))
 
 _UNPACKED = re.compile(r"^( +)((?:\w+, )+\w+) = ([A-Z]+)(?=\s*(?:#.*)?$)", re.MULTILINE)
 
@@ -73,7 +75,7 @@ def _jit(function=None, **options):
     return kernel
 
 
-_names_stay_constants = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
+_names_stay_constants = _VERSION < (3, 8)
 gluon = (
     _gluon if _names_stay_constants else types.SimpleNamespace(jit=_jit, constexpr_function=_gluon.constexpr_function)
 )

@@ -15,7 +15,6 @@ from flash2.backends.gluon_hopper.launch import LOG2E, empty_like, layout, reada
 from flash2.core.contract import TORCH_DTYPES, Spec, spec_of
 from flash2.core.problem import Problem
 
-META = torch.device("meta")
 TILE = 128  # queries: statistics and the accumulator of dQ are padded to whole ones
 WAVES = 2  # tiles a multiprocessor of heads whose tiles take turns, where tiles are uneven
 TOGETHER = 16  # such heads at most, of the kernels that have no plan
@@ -82,10 +81,31 @@ def choose(block_d: int, softcap: bool, deterministic: bool, by_heads: bool = Fa
     return fused(stages=3, lse_first=True, apart=True, resident_kv=True, dv_late=True)
 
 
-def whole_heads(pairs: int, nbytes: int, blocks: int) -> bool:
-    """Can each of `blocks` programs own all keys of a head, and be as fast? nbytes: of Q, dO and dQ's sums of a head's keys.
+def chosen(spec: Spec, q_shape: torch.Size | tuple, k_shape: torch.Size | tuple, deterministic: bool, device) -> Config:
+    """The configuration of a backward."""
+    (batch, heads, seq_q, head_dim), (_, heads_kv, seq_kv, _) = q_shape, k_shape
+    d, blocks = block_d(head_dim), launch.multiprocessors(device)
+    by_heads = not windowed(spec, seq_kv) and whole_heads(
+        batch * heads_kv, walked_bytes(heads // heads_kv, seq_q, d), blocks
+    )
+    return choose(d, spec.softcap != 0, deterministic, by_heads)
 
-    They walk over all of them once for each key tile, all programs at once: that should not be device memory's work.
+
+def windowed(spec: Spec, seq_kv: int) -> bool:
+    """Does a window hide keys on the left?"""
+    left = spec.band[0]
+    return left is not None and left < seq_kv - 1
+
+
+def walked_bytes(group: int, seq_q: int, d: int) -> int:
+    """Of Q, dO and dQ's sums of the `group` heads that share keys: what is walked over for each key tile."""
+    return group * seq_q * d * 8
+
+
+def whole_heads(pairs: int, nbytes: int, blocks: int) -> bool:
+    """Can each of `blocks` programs own all keys of one of `pairs` heads, and be as fast? nbytes: walked_bytes().
+
+    All programs walk over theirs at once, once for each key tile: that should not be device memory's work.
     """
     return pairs >= blocks and blocks * nbytes <= HEADS_SHARE
 
@@ -177,11 +197,9 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     heads_kv, seq_kv = k.shape[1:3]
     group, d = heads // heads_kv, block_d(head_dim)
     left, right = spec.band
-    LEFT = left is not None and left < seq_kv - 1  # else it hides nothing
+    LEFT = windowed(spec, seq_kv)
     RIGHT = right is not None and right < seq_q - 1
-    pairs = batch * heads_kv
-    by_heads = not LEFT and whole_heads(pairs, group * seq_q * d * 8, launch.multiprocessors(q.device))
-    how = config or choose(d, spec.softcap != 0, deterministic, by_heads)
+    how = config or chosen(spec, q.shape, k.shape, deterministic, q.device)
     factor, cap = spec.scale * LOG2E, 0.0
     if spec.softcap:
         factor, cap = 2 * spec.scale * LOG2E / spec.softcap, spec.softcap * LOG2E
@@ -191,12 +209,11 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     rows = batch * heads
     m = how.block_m
     even = seq_q == padded and head_dim == d
-    tiles = -(-seq_kv // 128)
+    tiles, pairs = -(-seq_kv // 128), batch * heads_kv
     together = how.together
     if not together:
         most = WAVES * launch.multiprocessors(q.device) // tiles if how.fused else TOGETHER
-        nbytes = group * seq_q * d * 8
-        together = heads_together(min(most, L2_SHARE // nbytes), RIGHT and not LEFT, pairs)
+        together = heads_together(min(most, L2_SHARE // walked_bytes(group, seq_q, d)), RIGHT and not LEFT, pairs)
     sizes = (group, seq_q, seq_kv, left if LEFT else 0, right if RIGHT else 0, together, factor, cap, spec.scale)
     features = {"LEFT": LEFT, "RIGHT": RIGHT, "SOFTCAP": spec.softcap != 0}
 
@@ -220,13 +237,13 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
     constants = dict(features, D=d, TAIL=tail, GROUPED=group > 1, STAGES=how.stages)
     if how.fused:
         programs = min(tiles * pairs, launch.multiprocessors(q.device))
-        work = [
-            steps(128 * j, m, seq_q, seq_kv, left if LEFT else None, right if RIGHT else None) for j in range(tiles)
-        ]
-        table, rounds = None, 0
+        rounds, order = 0, backward.BY_HEADS
         if not how.by_heads:
+            work = [
+                steps(128 * j, m, seq_q, seq_kv, left if LEFT else None, right if RIGHT else None) for j in range(tiles)
+            ]
             table, rounds = launch.planned([group * n + PER_TILE for n in work], pairs, programs, together, q.device)
-        order = backward.BY_HEADS if how.by_heads else backward.IN_TURNS if table is None else backward.PLANNED
+            order = backward.IN_TURNS if table is None else backward.PLANNED
         kv = Launch(
             backward.gluon_gradients_fused, (programs,),
             ((m, d), (128, d), (128, d), (m, d), (64, d), (64, d), (2 * m,), None if how.fixed else (128, 32), None, None, None),
@@ -291,24 +308,22 @@ class Launch(launch.Launch):
         return TensorDescriptor(x, list(x.shape), list(x.stride()), list(tile), shared)
 
 
-def chosen(problem: Problem, deterministic: bool) -> Config:
-    """The configuration of a backward."""
-    d, pairs = block_d(problem.head_dim), problem.batch * problem.heads_kv
-    nbytes = problem.heads_q // problem.heads_kv * problem.seq_q * d * 8
-    left = spec_of(problem).band[0]
-    by_heads = (left is None or left >= problem.seq_kv - 1) and whole_heads(pairs, nbytes, launch.multiprocessors(META))
-    return choose(d, problem.softcap != 0, deterministic, by_heads)
+def chosen_for(problem: Problem, deterministic: bool) -> Config:
+    """chosen() without tensors, on an H200."""
+    q_shape = (problem.batch, problem.heads_q, problem.seq_q, problem.head_dim)
+    k_shape = (problem.batch, problem.heads_kv, problem.seq_kv, problem.head_dim)
+    return chosen(spec_of(problem), q_shape, k_shape, deterministic, torch.device("meta"))
 
 
 def described(problem: Problem, deterministic: bool = False) -> list[str]:
     """How the gradients of `problem` are computed, for `explain`."""
-    return [f"bwd: {chosen(problem, deterministic)}"]
+    return [f"bwd: {chosen_for(problem, deterministic)}"]
 
 
 def scratch_bytes(problem: Problem, deterministic: bool = False) -> int:
     """Device memory a backward takes beyond inputs and outputs: Scratch."""
     rows, d = problem.batch * problem.heads_q * -(-problem.seq_q // TILE) * TILE, block_d(problem.head_dim)
-    how = chosen(problem, deterministic)
+    how = chosen_for(problem, deterministic)
     acc = rows * d if how.fused else 0
     factors = rows + 2 * CHUNKS * problem.batch * problem.heads_kv if how.fixed else 0
     return 4 * (2 * rows + acc + factors)

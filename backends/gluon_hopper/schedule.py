@@ -29,8 +29,9 @@ def plan(work: Sequence[float], rows: int, blocks: int, together: int) -> tuple[
     longest = sorted(range(len(work)), key=lambda m: -work[m])
     groups = -(-rows // together)
     for group in range(groups):
+        heads = range(rows * group // groups, rows * (group + 1) // groups)
         for m in longest:
-            for row in range(rows * group // groups, rows * (group + 1) // groups):
+            for row in heads:
                 load, block = loads[0]
                 mine[block].append(row << ROW_BITS | m)
                 heapq.heapreplace(loads, (load + work[m], block))

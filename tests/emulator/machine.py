@@ -314,7 +314,7 @@ class Machine:
             if not able and not self.flights:
                 who = "; ".join(f"{p.name} waits for {p.waits_for}" for p in self.live)
                 raise Hazard(f"deadlock: {who}")
-            if self.additions and self.random.random() < self.haste["additions"]:
+            if self.additions and self.random.random() < self.promptness:
                 self.additions.pop(self.random.randrange(len(self.additions)))[1]()
             weights = [self.haste[p] for p in able] + [self.haste[None]] * bool(self.flights)
             chosen = self.random.choices([*able, None][: len(weights)], weights)[0]
@@ -331,7 +331,7 @@ class Machine:
         self.live = [Partition(n, t, main.clock) for n, t in zip(names, threads, strict=True)]
         # Now and then a partition, or the memory, is much slower than the rest.
         self.haste = {p: self.random.choice((1, 1, 5, 30)) for p in [*self.live, None]}
-        self.haste["additions"] = self.random.choice((1.0, 0.002))
+        self.promptness = self.random.choice((1.0, 0.002))  # of TMA's additions: how likely one is, at a choice
         everyone = list(self.live)
         bodies = [
             threading.Thread(target=self._body, args=(p, main, *w), daemon=True)
