@@ -1,4 +1,4 @@
-"""Ten small problems on one backend, for a memory checker:
+"""Small problems on one backend, for a memory checker:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py triton
 
@@ -29,6 +29,8 @@ PROBLEMS = [
     {"seq_q": 150, "head_dim": 40, "window": (50, 0), "causal": True},
     {"seq_q": 131, "head_dim": 61, "softcap": 20.0},
     {"seq_q": 97, "head_dim": 80, "alibi": True, "causal": True},
+    {"seq_q": 131, "head_dim": 64, "heads_q": 140, "causal": True},  # more heads than multiprocessors
+    {"seq_q": 150, "head_dim": 128, "heads_q": 280, "heads_kv": 140},
 ]
 
 

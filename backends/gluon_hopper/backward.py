@@ -350,14 +350,41 @@ def place_of(tile, row, heads_kv, BN: gl.constexpr):
 
 @gluon.jit
 def walk_of(tile, row, sizes, band, SHAPE: gl.constexpr, MASKS: gl.constexpr):
-    """(place, walk, steps) of a key tile: where it is, which query tiles it walks over, and which of them need a mask."""
+    """(place, walk) of a key tile: where it is, and which query tiles it walks over."""
     heads_kv, group, seq_q, seq_kv = sizes
     BM, BN, D, STAGES = SHAPE
     lo, full_lo, full_hi, hi = query_range(tile * BN, seq_q, seq_kv, band, BM, BN, MASKS)
     n = hi - lo
     # Statistics and the accumulator of dQ are padded to multiples of 128 queries.
     walk = (lo, n, gl.cdiv(seq_q, 128) * (128 // BM), group, heads_kv * group)
-    return place_of(tile, row, heads_kv, BN), walk, (full_lo - lo, full_hi - lo, n)
+    return place_of(tile, row, heads_kv, BN), walk
+
+
+@gluon.constexpr_function
+def may_be_blind(CID, MASKS, GROUPED):
+    """Are steps left out in which none of a consumer's keys is seen? Under a causal mask the second's are seen later.
+
+    Without groups there is one such step a key tile, its first, which nothing runs beside: leaving it out costs 1 %.
+    """
+    return GROUPED and MASKS[1] and CID == 1
+
+
+@gluon.jit
+def own_steps(
+    CID: gl.constexpr, tile, walk, sizes, band, SHAPE: gl.constexpr, MASKS: gl.constexpr, SOFTCAP: gl.constexpr
+):  # fmt: skip
+    """(blind, full_lo, full_hi, n) of a walk of n steps, for a consumer's 64 keys: in the first `blind` none is seen, in
+    [full_lo, full_hi) all are. With a softcap, which leaves no registers for more, for all 128."""
+    heads_kv, group, seq_q, seq_kv = sizes
+    BM, BN, D, STAGES = SHAPE
+    LEFT, RIGHT, TAIL = MASKS
+    lo, n, tiles, _group, heads = walk
+    if not (LEFT or RIGHT or TAIL):
+        return 0, 0, n, n
+    KEYS: gl.constexpr = BN if SOFTCAP else 64
+    start_n = tile * BN + (0 if SOFTCAP else CID * 64)
+    own_lo, full_lo, full_hi, _hi = query_range(start_n, seq_q, seq_kv, band, BM, KEYS, MASKS)
+    return gl.minimum(own_lo - lo, n), gl.minimum(full_lo - lo, n), gl.minimum(full_hi - lo, n), n
 
 
 @gluon.jit
@@ -421,7 +448,7 @@ def load_ahead(
             i = 0
             r += 1
             tile, row = block_at(gl.minimum(r, count - 1), schedule, ORDER)
-        place, walk, _steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
+        place, walk = walk_of(tile, row, sizes, band, SHAPE, MASKS)
         total = walk[1] * walk[3]
         batch, head, t, index = step_at(place, walk, i)
     return g, i, r, tile, row, total, batch, head, t, index
@@ -439,14 +466,14 @@ def fused_producer(
     count = block_count(schedule, ORDER)
     tile, row = block_at(0, schedule, ORDER)
     g = 0  # steps of the key tiles before
-    place, walk, _steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
+    place, walk = walk_of(tile, row, sizes, band, SHAPE, MASKS)
     batch, head, t, index = step_at(place, walk, 0)
     ahead = load_ahead(
         (0, 0, 0, tile, row, walk[1] * walk[3], batch, head, t, index), STAGES, gl.minimum(SLOTS, count), count,
         descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE, MASKS, ORDER,
     )  # fmt: skip
     for r in range(count):
-        place, walk, _steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
+        place, walk = walk_of(tile, row, sizes, band, SHAPE, MASKS)
         batch, head_kv, start_n = place
         total = walk[1] * walk[3]
         tile, row = block_at(gl.minimum(r + 1, count - 1), schedule, ORDER)
@@ -644,8 +671,8 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, s, dk, dv, end, 
 @gluon.jit
 def fused_walk(CID: gl.constexpr, first, base, s, dk, dv, end, steps, rings, kv, slot, own, ds_tile, sums,
                edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
-    """One head, from step `first` on: `steps` end the masked tiles, the ones without a mask, and again masked ones."""
-    full_lo, full_hi, hi = steps
+    """One head, from step `first` on, as own_steps() says: masked tiles, ones without a mask, and again masked ones."""
+    blind, full_lo, full_hi, hi = steps
     LEFT, RIGHT, TAIL = MASKS
     if RIGHT or TAIL:
         for i in range(first, first + full_lo):
@@ -665,21 +692,34 @@ def fused_walk(CID: gl.constexpr, first, base, s, dk, dv, end, steps, rings, kv,
 
 
 @gluon.jit
-def late_start(
-    CID: gl.constexpr,
-    i,
-    dv,
-    rings,
-    kv,
-    slot,
-    own,
-    edges,
-    maths,
-    MASKS: gl.constexpr,
-    SHAPE: gl.constexpr,
-    HOW: gl.constexpr,
-):
+def blind_start(i, rings, SHAPE: gl.constexpr):
+    """The first half of step i for keys of which its queries see none: (p, dP), which are 0."""
+    q_ring, do_ring, stats_ring, q_full, do_full = rings
+    BM, BN, D, STAGES = SHAPE
+    mbarrier.wait(q_full.index(i % STAGES), (i // STAGES) & 1)  # dK gets 0 times Q all the same
+    mbarrier.wait(do_full.index(i % STAGES), (i // STAGES) & 1)
+    zeros = gl.zeros([64, BM], gl.float32, acc_layout(BM))
+    return zeros, zeros
+
+
+@gluon.jit
+def late_start(CID: gl.constexpr, BLIND: gl.constexpr, blind, i, dv, rings, kv, slot, own, edges, maths,
+               MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
     """The first half of a key tile's first step: (p, dP, dv)."""
+    if BLIND:
+        if blind:
+            p, dp = blind_start(i, rings, SHAPE)
+        else:
+            p, dp, dv = seeing_start(CID, i, dv, rings, kv, slot, own, edges, maths, MASKS, SHAPE, HOW)
+        return p, dp, dv
+    else:
+        return seeing_start(CID, i, dv, rings, kv, slot, own, edges, maths, MASKS, SHAPE, HOW)
+
+
+@gluon.jit
+def seeing_start(CID: gl.constexpr, i, dv, rings, kv, slot, own, edges, maths,
+                 MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
+    """late_start() where some of the keys may be seen."""
     q_ring, do_ring, stats_ring, q_full, do_full = rings
     k_tile, v_tile, k_full, v_full, finished = kv
     BM, BN, D, STAGES = SHAPE
@@ -778,36 +818,49 @@ def late_end(
 
 
 @gluon.jit
-def tile_before(i, first, base, before, GROUPED: gl.constexpr):
-    """The query tile of step i - 1: `before` if that was another head's, whose last one it is."""
-    index = base + i - 1
-    if GROUPED:
-        index = gl.where(i == first, before, index)
-    return index
+def blind_step(CID: gl.constexpr, i, index, p, dp, dk, rings, kv, slot, ds_ring, sums,
+               SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
+    """late_step() for keys of which step i's queries see none: no products but those of step i - 1. Returns p and dP of
+    step i, and dk."""
+    i += opaque_zero()
+    dk = late_end(CID, i - 1, index, p, dp, dk, rings, kv, opaque_zero() + slot, ds_ring, sums, SHAPE, HOW)
+    p, dp = blind_start(i, rings, SHAPE)
+    return p, dp, dk
 
 
 @gluon.jit
 def late_walk(CID: gl.constexpr, first, begun, base, before, p, dp, dk, dv, steps, rings, kv, slot, own, ds_ring, sums,
               edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr, GROUPED: gl.constexpr):  # fmt: skip
     """One head, as fused_walk() walks it, whose step `first` has begun if `begun` is 1; `before` is the query tile of the
-    step before it."""
-    full_lo, full_hi, hi = steps
+    step before it. Returns that of its last one."""
+    blind, full_lo, full_hi, hi = steps
     LEFT, RIGHT, TAIL = MASKS
+    masked = begun
+    if may_be_blind(CID, MASKS, GROUPED):
+        for i in range(first + begun, first + blind):
+            p, dp, dk = blind_step(CID, i, before, p, dp, dk, rings, kv, slot, ds_ring, sums, SHAPE, HOW)
+            before = base + i
+        masked = gl.maximum(begun, blind)
     if RIGHT or TAIL:
-        for i in range(first + begun, first + full_lo):
-            index = tile_before(i, first, base, before, GROUPED)
+        for i in range(first + masked, first + full_lo):
+            index = before if GROUPED else base + i - 1
             p, dp, dk, dv = late_step(CID, True, i, index, p, dp, dk, dv, rings, kv, slot, own, ds_ring, sums,
                                       edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
+            before = base + i
     for i in range(first + gl.maximum(begun, full_lo), first + full_hi):
-        index = tile_before(i, first, base, before, GROUPED)
+        index = before if GROUPED else base + i - 1
         p, dp, dk, dv = late_step(CID, False, i, index, p, dp, dk, dv, rings, kv, slot, own, ds_ring, sums,
                                   edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
+        before = base + i
     if LEFT:
         for i in range(first + gl.maximum(begun, full_hi), first + hi):
-            index = tile_before(i, first, base, before, GROUPED)
+            index = before if GROUPED else base + i - 1
             p, dp, dk, dv = late_step(CID, True, i, index, p, dp, dk, dv, rings, kv, slot, own, ds_ring, sums,
                                       edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
-    return p, dp, dk, dv
+            before = base + i
+    if not GROUPED:
+        before = base + first + hi - 1
+    return before, p, dp, dk, dv
 
 
 @gluon.jit
@@ -825,8 +878,9 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, sums, schedule, sizes,
     g = 0  # steps of the key tiles before
     for r in range(count):
         tile_next, row_next = block_at(gl.minimum(r + 1, count - 1), schedule, ORDER)
-        place, walk, steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
-        n = steps[2]
+        place, walk = walk_of(tile, row, sizes, band, SHAPE, MASKS)
+        steps = own_steps(CID, tile, walk, sizes, band, SHAPE, MASKS, SOFTCAP)
+        n = walk[1]
         total = n * group if GROUPED else n
         slot = r % SLOTS
         dk = gl.zeros([64, D], gl.float32, acc_layout(D))
@@ -841,21 +895,24 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, sums, schedule, sizes,
         if DQ_LATE:
             mbarrier.wait(v_full.index(slot), (r // SLOTS) & 1)
             if total > 0:
-                p, dp, dv = late_start(CID, g, dv, rings, kv, slot, own, edges, maths, MASKS, SHAPE, HOW)
-                before = base + g + n - 1
-                p, dp, dk, dv = late_walk(CID, g, 1, base, before, p, dp, dk, dv, steps, rings, kv, slot, own, ds_tile[0], sums,
-                                          edges, maths, MASKS, SHAPE, HOW, False)  # fmt: skip
+                BLIND: gl.constexpr = may_be_blind(CID, MASKS, GROUPED)
+                p, dp, dv = late_start(
+                    CID, BLIND, steps[0] > 0, g, dv, rings, kv, slot, own, edges, maths, MASKS, SHAPE, HOW
+                )
+                before = base + g
                 if GROUPED:
-                    for member in range(1, group):
+                    for member in range(group):
                         first = member * n
-                        base += walk[2] - n
-                        p, dp, dk, dv = late_walk(
-                            CID, g + first, 0, base, before, p, dp, dk, dv, steps, rings, kv, slot, own, ds_tile[0], sums,
-                            edges_before(edges, first * BM), maths, MASKS, SHAPE, HOW, True)  # fmt: skip
-                        before = base + g + first + n - 1
+                        before, p, dp, dk, dv = late_walk(
+                            CID, g + first, gl.where(member == 0, 1, 0), base, before, p, dp, dk, dv, steps, rings, kv, slot, own,
+                            ds_tile[0], sums, edges_before(edges, first * BM), maths, MASKS, SHAPE, HOW, True)  # fmt: skip
+                        base += walk[2] + opaque_zero() - n  # reckoned here: no register holds it over the loops
+                else:
+                    before, p, dp, dk, dv = late_walk(CID, g, 1, base, before, p, dp, dk, dv, steps, rings, kv, slot, own,
+                                                      ds_tile[0], sums, edges, maths, MASKS, SHAPE, HOW, False)  # fmt: skip
                 dk = late_end(CID, g + total - 1, before, p, dp, dk, rings, kv, slot, ds_tile[0], sums, SHAPE, HOW)
         else:
-            _place, next_walk, _steps = walk_of(tile_next, row_next, sizes, band, SHAPE, MASKS)
+            _place, next_walk = walk_of(tile_next, row_next, sizes, band, SHAPE, MASKS)
             end = g + total + gl.where((r + 1 < count) & (next_walk[1] > 0), 1, 0)
             s = warpgroup_mma_wait(
                 0, deps=[issue_scores(CID, g, end, rings, k_tile, slot, own, SHAPE, LSE_FIRST, RESIDENT)])  # fmt: skip
@@ -913,7 +970,7 @@ def dq_group(acc_desc, kv, ds_tile, sums, staging, schedule, sizes, band,
     i = 0
     for r in range(count):
         tile_next, row_next = block_at(gl.minimum(r + 1, count - 1), schedule, ORDER)
-        place, walk, _steps = walk_of(tile, row, sizes, band, SHAPE, MASKS)
+        place, walk = walk_of(tile, row, sizes, band, SHAPE, MASKS)
         slot = r % SLOTS
         mbarrier.wait(k_full.index(slot), (r // SLOTS) & 1)
         total = walk[1] * walk[3]
@@ -1002,8 +1059,8 @@ def gluon_gradients_fused(
     band = (left, right)
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
     SHAPE: gl.constexpr = (BM, BN, D, STAGES)
-    # ptxas finds registers for dQ's additions in halves where nothing else wants them.
-    HALVES: gl.constexpr = not (FIXED or GROUPED or LEFT or TAIL or WHOLE or ORDER == BY_HEADS)
+    # ptxas finds registers for dQ's additions in halves where not much else wants them.
+    HALVES: gl.constexpr = not (FIXED or LEFT or WHOLE or ORDER == BY_HEADS)
     HOW: gl.constexpr = (APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED, HALVES)
     schedule = (table, rounds, gl.cdiv(seq_kv, BN), rows, together)
     sizes = (heads_kv, group, seq_q, seq_kv)
