@@ -388,14 +388,19 @@ def own_steps(
 
 
 @gluon.jit
-def step_at(place, walk, i):
+def step_at(place, walk, i, TURNS: gl.constexpr):
     """(batch, head, query tile, its number among all heads') of step i: those of a key tile go through its query tiles,
-    head of the group by head."""
+    head of the group by head; or, with TURNS, query tile by query tile, each of all heads."""
     batch, head_kv, start_n = place
     lo, n, tiles, group, heads = walk
-    member = i // gl.maximum(n, 1)
+    if TURNS:
+        turn = i // group
+        member = i - turn * group
+        t = lo + turn
+    else:
+        member = i // gl.maximum(n, 1)
+        t = lo + i - member * n
     head = head_kv * group + member
-    t = lo + i - member * n
     return batch, head, t, (batch * heads + head) * tiles + t
 
 
@@ -417,7 +422,7 @@ def load_queries(descs, rings, step, g, SHAPE: gl.constexpr):
 @gluon.jit
 def load_ahead(
     ahead, until, limit, count, descs, kv_descs, rings, kv, schedule, sizes, band,
-    SHAPE: gl.constexpr, MASKS: gl.constexpr, ORDER: gl.constexpr,
+    SHAPE: gl.constexpr, MASKS: gl.constexpr, ORDER: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Load until step `until`, or the end of the program's key tile before `limit`, whose buffers are not free yet.
 
@@ -450,13 +455,14 @@ def load_ahead(
             tile, row = block_at(gl.minimum(r, count - 1), schedule, ORDER)
         place, walk = walk_of(tile, row, sizes, band, SHAPE, MASKS)
         total = walk[1] * walk[3]
-        batch, head, t, index = step_at(place, walk, i)
+        batch, head, t, index = step_at(place, walk, i, TURNS)
     return g, i, r, tile, row, total, batch, head, t, index
 
 
 @gluon.jit
 def fused_producer(
-    descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE: gl.constexpr, MASKS: gl.constexpr, ORDER: gl.constexpr,
+    descs, kv_descs, rings, kv, schedule, sizes, band,
+    SHAPE: gl.constexpr, MASKS: gl.constexpr, ORDER: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Partition 0: loads K and V of every key tile, Q and dO and statistics of every step; stores dK and dV. The loads of
     the next key tile begin before this one is done."""
@@ -467,10 +473,10 @@ def fused_producer(
     tile, row = block_at(0, schedule, ORDER)
     g = 0  # steps of the key tiles before
     place, walk = walk_of(tile, row, sizes, band, SHAPE, MASKS)
-    batch, head, t, index = step_at(place, walk, 0)
+    batch, head, t, index = step_at(place, walk, 0, TURNS)
     ahead = load_ahead(
         (0, 0, 0, tile, row, walk[1] * walk[3], batch, head, t, index), STAGES, gl.minimum(SLOTS, count), count,
-        descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE, MASKS, ORDER,
+        descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE, MASKS, ORDER, TURNS,
     )  # fmt: skip
     for r in range(count):
         place, walk = walk_of(tile, row, sizes, band, SHAPE, MASKS)
@@ -481,7 +487,7 @@ def fused_producer(
         for i in range(g, g + total):
             everyone_sync(FREE + i % STAGES)
             ahead = load_ahead(
-                ahead, i + 1 + STAGES, limit, count, descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE, MASKS, ORDER,
+                ahead, i + 1 + STAGES, limit, count, descs, kv_descs, rings, kv, schedule, sizes, band, SHAPE, MASKS, ORDER, TURNS,
             )  # fmt: skip
         g += total
         mbarrier.wait(finished.index(r % 2), (r // 2) & 1)
@@ -490,7 +496,7 @@ def fused_producer(
             store_rows(dk_desc, (batch, head_kv), start_n + part * 64, half(k_tile, r % SLOTS, part, D))
         ahead = load_ahead(  # of tiles with fewer steps than stages
             ahead, g + STAGES, gl.minimum(r + 1 + SLOTS, count), count, descs, kv_descs, rings, kv, schedule, sizes, band,
-            SHAPE, MASKS, ORDER,
+            SHAPE, MASKS, ORDER, TURNS,
         )  # fmt: skip
     tma_store_wait(0)
 
@@ -608,10 +614,11 @@ def issue_dp(CID: gl.constexpr, b, less, rings, v_tile, slot, own, SHAPE: gl.con
 
 
 @gluon.jit
-def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, s, dk, dv, end, rings, kv, slot, own, ds_tile, sums,
+def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, t, index, s, dk, dv, end, rings, kv, slot, own, ds_tile, sums,
                edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
     """One query tile, the index-th of all heads': dv += p^T dO, dk += ds^T Q, and half of dQ to the sums, if not APART.
 
+    From where `edges` count it is the t-th, or without a t the i-th.
     s holds the scores of this step. Returns those of the next, and dk, dv.
     """
     q_ring, do_ring, stats_ring, q_full, do_full = rings
@@ -632,7 +639,9 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, s, dk, dv, end, 
     do = do_ring.index(b)
     mbarrier.wait(do_full.index(b), (i // STAGES) & 1)
     dp_token = issue_dp(CID, b, less_delta(b, rings, SHAPE), rings, v_tile, slot, own, SHAPE, RESIDENT)
-    p, slope = weights(i, s, stats_ring.index(b), edges, maths, MASK, MASKS, SHAPE, LSE_FIRST, SOFTCAP)
+    p, slope = weights(
+        i if t is None else t, s, stats_ring.index(b), edges, maths, MASK, MASKS, SHAPE, LSE_FIRST, SOFTCAP
+    )
     if DV_LATE:  # neither p nor ds is in flight, in 16 bits, while both are there in 32
         dp = warpgroup_mma_wait(0, deps=[dp_token])
     else:
@@ -669,21 +678,24 @@ def fused_step(CID: gl.constexpr, MASK: gl.constexpr, i, index, s, dk, dv, end, 
 
 
 @gluon.jit
-def fused_walk(CID: gl.constexpr, first, base, s, dk, dv, end, steps, rings, kv, slot, own, ds_tile, sums,
+def fused_walk(CID: gl.constexpr, first, turns, base, s, dk, dv, end, steps, rings, kv, slot, own, ds_tile, sums,
                edges, maths, MASKS: gl.constexpr, SHAPE: gl.constexpr, HOW: gl.constexpr):  # fmt: skip
-    """One head, from step `first` on, as own_steps() says: masked tiles, ones without a mask, and again masked ones."""
+    """One head, or `turns` that take turns, from step `first` on, as own_steps() says: masked tiles, ones without a mask,
+    and again masked ones."""
     blind, full_lo, full_hi, hi = steps
     LEFT, RIGHT, TAIL = MASKS
     if RIGHT or TAIL:
         for i in range(first, first + full_lo):
-            s, dk, dv = fused_step(CID, True, i, base + i, s, dk, dv, end, rings, kv, slot, own, ds_tile, sums,
+            t = None if turns is None else first + (i - first) // turns
+            s, dk, dv = fused_step(CID, True, i, t, base + i, s, dk, dv, end, rings, kv, slot, own, ds_tile, sums,
                                    edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     for i in range(first + full_lo, first + full_hi):
-        s, dk, dv = fused_step(CID, False, i, base + i, s, dk, dv, end, rings, kv, slot, own, ds_tile, sums,
+        s, dk, dv = fused_step(CID, False, i, None, base + i, s, dk, dv, end, rings, kv, slot, own, ds_tile, sums,
                                edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     if LEFT:
         for i in range(first + full_hi, first + hi):
-            s, dk, dv = fused_step(CID, True, i, base + i, s, dk, dv, end, rings, kv, slot, own, ds_tile, sums,
+            t = None if turns is None else first + (i - first) // turns
+            s, dk, dv = fused_step(CID, True, i, t, base + i, s, dk, dv, end, rings, kv, slot, own, ds_tile, sums,
                                    edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
     return s, dk, dv
 
@@ -866,7 +878,7 @@ def late_walk(CID: gl.constexpr, first, begun, base, before, p, dp, dk, dv, step
 @gluon.jit
 def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, sums, schedule, sizes, band, maths, scale,
                    SHAPE: gl.constexpr, MASKS: gl.constexpr, ORDER: gl.constexpr, HOW: gl.constexpr,
-                   GROUPED: gl.constexpr):  # fmt: skip
+                   GROUPED: gl.constexpr, TURNS: gl.constexpr):  # fmt: skip
     """Partitions 1 and 2: dK and dV of 64 keys of every key tile, in registers from its first step to its last."""
     k_tile, v_tile, k_full, v_full, finished = kv
     heads_kv, group, seq_q, seq_kv = sizes
@@ -888,7 +900,7 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, sums, schedule, sizes,
         own = (k_tile, v_tile)
         mbarrier.wait(k_full.index(slot), (r // SLOTS) & 1)
         edges = edges_before(edges_of(walk[0] * BM, tile * BN + CID * 64, (seq_q, seq_kv), band), g * BM)
-        _batch, _head, _t, index = step_at(place, walk, 0)
+        _batch, _head, _t, index = step_at(place, walk, 0, TURNS)
         base = index - g  # + i: the number of step i's query tile among all heads'
         if RESIDENT:
             own = (k_tile.index(slot).slice(CID * 64, 64, 0).load(gl.DotOperandLayout(0, acc_layout(BM), 2)), v_tile)
@@ -922,14 +934,19 @@ def fused_consumer(CID: gl.constexpr, rings, kv, ds_tile, sums, schedule, sizes,
                     own[0],
                     v_tile.index(slot).slice(CID * 64, 64, 0).load(gl.DotOperandLayout(0, acc_layout(BM), 2)),
                 )
-            if GROUPED:
+            if TURNS:
+                blind, full_lo, full_hi, _n = steps
+                steps = (blind * group, full_lo * group, full_hi * group, total)
+                s, dk, dv = fused_walk(CID, g, group, base, s, dk, dv, end, steps, rings, kv, slot, own, ds_tile, sums,
+                                       edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
+            elif GROUPED:
                 for member in range(group):
                     first = member * n
-                    s, dk, dv = fused_walk(CID, g + first, base, s, dk, dv, end, steps, rings, kv, slot, own, ds_tile, sums,
+                    s, dk, dv = fused_walk(CID, g + first, None, base, s, dk, dv, end, steps, rings, kv, slot, own, ds_tile, sums,
                                            edges_before(edges, first * BM), maths, MASKS, SHAPE, HOW)  # fmt: skip
                     base += walk[2] - n
             else:
-                s, dk, dv = fused_walk(CID, g, base, s, dk, dv, end, steps, rings, kv, slot, own, ds_tile, sums,
+                s, dk, dv = fused_walk(CID, g, None, base, s, dk, dv, end, steps, rings, kv, slot, own, ds_tile, sums,
                                        edges, maths, MASKS, SHAPE, HOW)  # fmt: skip
         g += total
         if APART:
@@ -958,7 +975,7 @@ def additions_done():
 
 @gluon.jit
 def dq_group(acc_desc, kv, ds_tile, sums, staging, schedule, sizes, band,
-             SHAPE: gl.constexpr, MASKS: gl.constexpr, ORDER: gl.constexpr, FIXED: gl.constexpr):  # fmt: skip
+             SHAPE: gl.constexpr, MASKS: gl.constexpr, ORDER: gl.constexpr, TURNS: gl.constexpr, FIXED: gl.constexpr):  # fmt: skip
     """Partition 3, if dQ has a group of its own: dQ of every step, in parts of 64 x 64. TMA's additions, by way of shared
     memory, are the faster ones for who has the time."""
     k_tile, v_tile, k_full, v_full, finished = kv
@@ -975,7 +992,7 @@ def dq_group(acc_desc, kv, ds_tile, sums, staging, schedule, sizes, band,
         mbarrier.wait(k_full.index(slot), (r // SLOTS) & 1)
         total = walk[1] * walk[3]
         for step in range(total):
-            _batch, _head, _t, index = step_at(place, walk, step)
+            _batch, _head, _t, index = step_at(place, walk, step, TURNS)
             c = i & 1
             pair_sync(HANDED + 2 * c)
             pair_sync(HANDED + 2 * c + 1)
@@ -1062,6 +1079,8 @@ def gluon_gradients_fused(
     # ptxas finds registers for dQ's additions in halves where not much else wants them.
     HALVES: gl.constexpr = not (FIXED or LEFT or WHOLE or ORDER == BY_HEADS)
     HOW: gl.constexpr = (APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED, HALVES)
+    # Where a group of its own computes dQ, heads may take turns step by step: one walk for all of them.
+    TURNS: gl.constexpr = GROUPED and APART
     schedule = (table, rounds, gl.cdiv(seq_kv, BN), rows, together)
     sizes = (heads_kv, group, seq_q, seq_kv)
     rings = (q_ring, do_ring, stats_ring, q_full, do_full)
@@ -1070,16 +1089,16 @@ def gluon_gradients_fused(
     sums = (acc, factors if FIXED else scale)
     if APART:
         gl.warp_specialize([
-            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), rings, kv, schedule, sizes, band, SHAPE, MASKS, ORDER)),
-            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, ORDER, HOW, GROUPED)),
-            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, ORDER, HOW, GROUPED)),
-            (dq_group, (acc_desc, kv, ds_tile, sums, staging, schedule, sizes, band, SHAPE, MASKS, ORDER, FIXED)),
+            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), rings, kv, schedule, sizes, band, SHAPE, MASKS, ORDER, TURNS)),
+            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, ORDER, HOW, GROUPED, TURNS)),
+            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, ORDER, HOW, GROUPED, TURNS)),
+            (dq_group, (acc_desc, kv, ds_tile, sums, staging, schedule, sizes, band, SHAPE, MASKS, ORDER, TURNS, FIXED)),
         ], [4, 4, 4], [208, 208, 72])  # fmt: skip
     else:
         gl.warp_specialize([
-            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), rings, kv, schedule, sizes, band, SHAPE, MASKS, ORDER)),
-            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, ORDER, HOW, GROUPED)),
-            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, ORDER, HOW, GROUPED)),
+            (fused_producer, ((q_desc, do_desc, stats_desc), (k_desc, v_desc, dk_desc, dv_desc), rings, kv, schedule, sizes, band, SHAPE, MASKS, ORDER, TURNS)),
+            (fused_consumer, (gl.constexpr(0), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, ORDER, HOW, GROUPED, TURNS)),
+            (fused_consumer, (gl.constexpr(1), rings, kv, ds_tile, sums, schedule, sizes, band, (factor, cap), scale, SHAPE, MASKS, ORDER, HOW, GROUPED, TURNS)),
         ], [4, 4], [240, 240])  # fmt: skip
 
 

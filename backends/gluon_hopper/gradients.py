@@ -231,9 +231,7 @@ def plan_backward(do, q, k, v, o, dq, dk, dv, spec: Spec, deterministic: bool, c
          -1.0 / spec.scale if lse_first else LOG2E),
         {"EVEN": even, "ZERO": how.fused, "FIXED": how.fixed, "CHUNKS": CHUNKS, "BM": m, "D": d, "ROWS": per_program},
     )  # fmt: skip
-    # Of the kernels at head_dim 64 with grouped heads, ptxas 12.8 spills 48 bytes in this one: not with a tail, which
-    # costs one comparison in masked tiles.
-    tail = seq_kv % (128 if how.fused else 64) != 0 or (d == 64 and group > 1 and RIGHT)
+    tail = seq_kv % (128 if how.fused else 64) != 0
     constants = dict(features, D=d, TAIL=tail, GROUPED=group > 1, STAGES=how.stages)
     if how.fused:
         programs = min(tiles * pairs, launch.multiprocessors(q.device))

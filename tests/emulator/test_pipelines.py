@@ -287,6 +287,8 @@ FAULTS = [
     Fault("the second half of the keys is masked like the first", "backward.own_steps", "CID * 64)", "0)", r"T1|T2|T3", B128),
     Fault("a step more is left out than nobody sees", "backward.own_steps", "gl.minimum(own_lo - lo, n)",
           "gl.minimum(own_lo - lo + 1, n)", r"T1|T2|T3", (128, "groups", BACKWARD)),
+    Fault("heads take turns, but not where they are masked", "backward.fused_walk", "(i - first) // turns", "(i - first)",
+          r"T1|T2|T3", (64, "groups", BACKWARD)),
     Fault("a step left out does not wait for Q", "backward.blind_start", "mbarrier.wait(q_full", "(q_full",
           r"race: .*q_ring", (128, "groups", BACKWARD)),
     # backward: from one key tile to the next

@@ -34,10 +34,10 @@ def trainer(backend="sdpa", emit=lambda event: None, **changes) -> Trainer:
     return Trainer(Options(**(TINY | changes)), backend, CPU, emit)
 
 
-def as_run(trained: Trainer, steps: int | None = None) -> Run:
+def as_run(trained: Trainer) -> Run:
     return Run(
         backend=trained.backend.name, status="error", reason="only its curve is used",
-        options=trained.options.to_dict(), losses=tuple(trained.losses[:steps]),
+        options=trained.options.to_dict(), losses=tuple(trained.losses),
     )  # fmt: skip
 
 
@@ -121,17 +121,19 @@ def test_on_a_gpu_in_bf16(backend, pytestconfig):
         pytest.skip("needs --device cuda")
     if (reason := get_backend(backend).unavailable()) is not None:
         pytest.skip(reason)
-    options = Options(**(TINY | {"precision": "bf16", "context": 256, "width": 128, "sample": 16, "steps": 40}))
+    options = Options(
+        **(TINY | {"precision": "bf16", "context": 256, "width": 128, "sample": 16, "steps": 24, "lr": 5e-4})
+    )
     events = []
     ours = Trainer(options, get_backend(backend), device, events.append)
     figures = ours.run()
     theirs = Trainer(options, get_backend("sdpa"), device, events.append)
     theirs.run()
-    # Fifteen steps: rounding alone moves the curves by 2e-4 until then, by 0.1 until the end; a lost dq moves them by 7e-3.
-    gap, step = largest_gap(as_run(ours, 15), as_run(theirs, 15))
-    assert gap < 2e-3, f"at step {step}"
+    # At a learning rate at which rounding does not grow: it moves the curves by 2e-5, a lost dq by 1e-3.
+    gap, step = largest_gap(as_run(ours), as_run(theirs))
+    assert gap < 2e-4, f"at step {step}"
     assert 0 < figures["attention_share"] < 1 and figures["step_ms"]["p20"] > 0 and figures["peak_bytes"] > 1 << 20
-    assert ours.losses[-1] < 3.6
+    assert ours.losses[-1] < ours.losses[0] - 0.5
     assert figures["sample"] or backend == "sdpa-cudnn"  # cuDNN has nothing for a single key
     assert len(spans := ours.burst(3)) == 3 and min(spans) > 0
 
