@@ -1079,8 +1079,8 @@ def gluon_gradients_fused(
     # ptxas finds registers for dQ's additions in halves where not much else wants them.
     HALVES: gl.constexpr = not (FIXED or LEFT or WHOLE or ORDER == BY_HEADS)
     HOW: gl.constexpr = (APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED, HALVES)
-    # Where a group of its own computes dQ, heads may take turns step by step: one walk for all of them.
-    TURNS: gl.constexpr = GROUPED and APART
+    # Heads take turns step by step, in one walk, where that is faster: not with a full mask, nor where dQ is not apart.
+    TURNS: gl.constexpr = GROUPED and APART and RIGHT
     schedule = (table, rounds, gl.cdiv(seq_kv, BN), rows, together)
     sizes = (heads_kv, group, seq_q, seq_kv)
     rings = (q_ring, do_ring, stats_ring, q_full, do_full)

@@ -38,6 +38,10 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "window": ({"seq_q": 391, "causal": True, "window": (150, 0)}, {}),
     "window-both": ({"seq_q": 300, "seq_kv": 411, "window": (70, 90)}, {}),
     "groups": ({"seq_q": 200, "seq_kv": 300, "heads_q": 4, "heads_kv": 2, "causal": True}, {"layout": "packed"}),
+    "groups-window": (
+        {"seq_q": 200, "seq_kv": 300, "heads_q": 6, "heads_kv": 2, "causal": True, "window": (90, 0)},
+        {"upstream": "transpose"},
+    ),
     "softcap": ({"seq_q": 300, "softcap": 5.0}, {"distribution": "x3"}),
     "scale": ({"seq_q": 200, "scale": -0.2, "causal": True}, {}),
     "grows": ({"seq_q": 300, "heads_q": 1, "scale": 1.0}, {"distribution": "x10"}),
