@@ -1076,8 +1076,8 @@ def gluon_gradients_fused(
     band = (left, right)
     MASKS: gl.constexpr = (LEFT, RIGHT, TAIL)
     SHAPE: gl.constexpr = (BM, BN, D, STAGES)
-    # ptxas finds registers for dQ's additions in halves where not much else wants them.
-    HALVES: gl.constexpr = not (FIXED or LEFT or WHOLE or ORDER == BY_HEADS)
+    # ptxas finds registers for dQ's additions in halves where not much else wants them: that of 3.9 not with groups.
+    HALVES: gl.constexpr = not (FIXED or LEFT or WHOLE or ORDER == BY_HEADS or (HASTY and GROUPED))
     HOW: gl.constexpr = (APART, DQ_LATE, LSE_FIRST, DV_LATE, RESIDENT, SOFTCAP, FIXED, HALVES)
     # Heads take turns step by step, in one walk, where that is faster: not with a full mask, nor where dQ is not apart.
     TURNS: gl.constexpr = GROUPED and APART and RIGHT

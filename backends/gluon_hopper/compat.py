@@ -54,8 +54,8 @@ ROOMY = _VERSION == (3, 6)
 # Does it find registers for additions in halves (backward.add_half)? Those of 3.7 and 3.8 spill.
 WHOLE = gl.constexpr(_VERSION in ((3, 7), (3, 8)))
 
-# Does it reckon numbers of the next step beside this one's, where a mask has left no register (backward.fused_step)? That
-# of 3.9 spills for it.
+# Does it reckon numbers of the next step beside this one's, where a mask (backward.fused_step) or grouped heads have left no
+# register? That of 3.9 spills for it.
 HASTY = gl.constexpr(_VERSION >= (3, 9))
 
 _UNPACKED = re.compile(r"^( +)((?:\w+, )+\w+) = ([A-Z]+)(?=\s*(?:#.*)?$)", re.MULTILINE)

@@ -24,19 +24,32 @@ FORWARD = {
 BACKWARD = {
     f"{kernel}-d{head_dim}-{mask}{'-deterministic' * deterministic}": (head_dim, mask, deterministic, kernel)
     for head_dim, mask, deterministic, kernel in product(
-        (64, 128, 256), ("full", "causal"), (False, True), ("maxima", "statistics", "kv", "q")
+        (64, 128, 256),
+        ("full", "causal", "groups-full", "groups-causal"),
+        (False, True),
+        ("maxima", "statistics", "kv", "q"),
     )
     if (deterministic or head_dim < 256)  # the only way there
     and (kernel != "maxima" or (deterministic and head_dim < 256))
+    and (kernel == "kv" or not mask.startswith("groups"))  # which is another kernel
 }
 CELLS = FORWARD | BACKWARD
-CHOICE = ["fwd-d64-full-2048", "fwd-d128-causal-512", "kv-d128-causal", "q-d256-full-deterministic"]
+CHOICE = [
+    "fwd-d64-full-2048",
+    "fwd-d128-causal-512",
+    "kv-d128-causal",
+    "kv-d128-groups-causal",
+    "q-d256-full-deterministic",
+]
 
 
 def built(name: str) -> Build | str:
     """One kernel, or what its compiler says."""
     head_dim, mask, *rest = CELLS[name]
-    problem = Problem(batch=2, heads_q=4, seq_q=2048, head_dim=head_dim, dtype="bf16", causal=mask == "causal")
+    problem = Problem(
+        batch=2, heads_q=4, heads_kv=2 if mask.startswith("groups") else 4, seq_q=2048, head_dim=head_dim, dtype="bf16",
+        causal=mask.endswith("causal"),
+    )  # fmt: skip
     try:
         if name in FORWARD:
             launch = offline.planned(problem.replace(seq_q=rest[0], seq_kv=rest[0]))
